@@ -1,0 +1,439 @@
+# Copyright 2026 The transformers-llava-sp authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""LLaVA-SP model configuration"""
+
+import shutil
+from itertools import pairwise
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+
+SPATIAL_VARIANTS = ("cropping", "pooling")
+
+# The paper places its scales at equal fractions of the grid and the detail kernel at two thirds of it.
+NUM_DEFAULT_SCALES = 6
+DETAIL_KERNEL_SIXTHS = 4
+
+# What `trust_remote_code=True` needs in a repository, next to the weights
+HUB_MODULES = ("configuration_llava_sp.py", "modeling_llava_sp.py", "processing_llava_sp.py")
+MODEL_AUTO_MAP = {
+    "AutoConfig": "configuration_llava_sp.LlavaSPConfig",
+    "AutoModel": "modeling_llava_sp.LlavaSPModel",
+    "AutoModelForImageTextToText": "modeling_llava_sp.LlavaSPForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_llava_sp.LlavaSPForConditionalGeneration",
+}
+PROJECTOR_AUTO_MAP = {
+    "AutoConfig": "configuration_llava_sp.LlavaSPProjectorConfig",
+    "AutoModel": "modeling_llava_sp.LlavaSPProjector",
+}
+
+
+def copy_hub_modules(folder: str | PathLike) -> None:
+    """
+    Copy the modules that define configuration, model and processor into a saved folder, so that it loads with
+    `trust_remote_code=True` where this package is not installed.
+
+    Args:
+        folder (`str` or `PathLike`): The folder to copy into.
+    """
+    for name in HUB_MODULES:
+        module = Path(__file__).with_name(name)
+        # Code that was itself loaded from the Hub lies beside only what its loading needed
+        if module.is_file() and module.parent != Path(folder).resolve():
+            shutil.copyfile(module, Path(folder) / name)
+
+
+class LlavaSPPreTrainedConfig(PreTrainedConfig):
+    """Base of the LLaVA-SP configurations: saving one writes what `trust_remote_code=True` needs to load it."""
+
+    _hub_auto_map: ClassVar[dict[str, str]] = {}
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """
+        Save the configuration and the Hub modules to a folder.
+
+        Args:
+            save_directory (`str` or `PathLike`): The folder, created if it does not exist.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to push them to the Hub as well.
+            kwargs (`dict[str, Any]`, *optional*): `repo_id` (the folder's name by default) and the other arguments of
+                [`~utils.PushToHubMixin.push_to_hub`].
+        """
+        self.auto_map = dict(self._hub_auto_map)
+        super().save_pretrained(save_directory)
+        copy_hub_modules(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+
+def sixths_of_grid(grid_size: int, sixths: int) -> int:
+    """
+    The size nearest to `sixths / 6` of the grid that has the grid's parity, ties going to the larger one, so that a
+    square map of that size can be centred on the grid exactly.
+
+    Args:
+        grid_size (`int`): Side of the patch grid, in patches.
+        sixths (`int`): How many sixths of the grid, 1 to 6.
+
+    Returns:
+        `int`: The size, in patches.
+    """
+    parity = grid_size % 2
+    return 2 * ((sixths * grid_size - 6 * parity + 6) // 12) + parity
+
+
+def count_image_tokens(num_spatial_tokens: int, grid_size: int) -> int:
+    """
+    How many tokens of the language model's sequence one image takes: its spatial tokens and one token per patch.
+
+    The model, the processor and the converter all count with this function.
+
+    Args:
+        num_spatial_tokens (`int`): Number of spatial tokens per image.
+        grid_size (`int`): Side of the patch grid, in patches.
+
+    Returns:
+        `int`: Number of tokens per image.
+    """
+    return num_spatial_tokens + grid_size**2
+
+
+@strict
+class LlavaSPProjectorConfig(LlavaSPPreTrainedConfig):
+    r"""
+    Configuration of a [`LlavaSPProjector`]: the Spatial Feature Extractor, the Detail Feature Integrator and the patch
+    MLP that turn a vision tower's patch grid into tokens of the language model. The defaults are those of the released
+    LLaVA-SP-Cropping 7B.
+
+    Args:
+        vision_hidden_size (`int`, *optional*, defaults to 1024):
+            Width of the vision tower's patch features.
+        text_hidden_size (`int`, *optional*, defaults to 4096):
+            Width of the language model's embeddings.
+        grid_size (`int`, *optional*, defaults to 24):
+            Side of the square patch grid, in patches.
+        spatial_variant (`str`, *optional*, defaults to `"cropping"`):
+            How the map of each scale is taken from the grid (section 3.2 of the paper): `"cropping"` takes the centred
+            crop of that size, from central region to global; `"pooling"` pools the whole grid to that size, from
+            abstract to specific.
+        spatial_scales (`list[int]`, *optional*):
+            Sides of the maps, in patches, in growing order: one spatial token each. Defaults to the six sixths of the
+            grid, each rounded to the nearest size of the grid's parity (4, 8, ..., 24 for a grid of 24).
+        spatial_hidden_size (`int`, *optional*, defaults to 512):
+            Width of the spatial and detail features.
+        use_detail_integrator (`bool`, *optional*, defaults to `True`):
+            Whether the spatial features attend to detail features, and the result is concatenated to them.
+        detail_kernel_size (`int`, *optional*):
+            Kernel of the convolution that makes the detail features, in patches. Defaults to two thirds of the grid,
+            rounded like the scales (16 for a grid of 24). Ignored without the detail integrator.
+        detail_stride (`int`, *optional*, defaults to 2):
+            Stride of that convolution, in patches. Ignored without the detail integrator.
+        spatial_projection_bias (`bool`, *optional*, defaults to `True`):
+            Whether the projection of the spatial features to the language model's width has a bias. The released
+            Cropping checkpoint has one, the released Pooling checkpoint has none.
+        num_patch_layers (`int`, *optional*, defaults to 2):
+            Number of linear layers of the patch MLP, with the activation between them.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            The activation of the patch MLP and of the spatial projection.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5):
+            Epsilon of the layer norms in front of the query, key and value projections.
+
+    Raises:
+        ValueError: If values contradict each other; the message names both.
+
+    Example:
+
+    ```python
+    >>> from transformers_llava_sp import LlavaSPProjector, LlavaSPProjectorConfig
+
+    >>> config = LlavaSPProjectorConfig(vision_hidden_size=64, text_hidden_size=96, grid_size=12)
+    >>> config.spatial_scales, config.detail_kernel_size, config.num_image_tokens
+    ([2, 4, 6, 8, 10, 12], 8, 150)
+
+    >>> model = LlavaSPProjector(config)
+    ```"""
+
+    model_type = "llava_sp_projector"
+    base_config_key = "projector_config"
+    _hub_auto_map = PROJECTOR_AUTO_MAP
+
+    vision_hidden_size: int = 1024
+    text_hidden_size: int = 4096
+    grid_size: int = 24
+    spatial_variant: str = "cropping"
+    spatial_scales: list[int] | tuple[int, ...] | None = None
+    spatial_hidden_size: int = 512
+    use_detail_integrator: bool = True
+    detail_kernel_size: int | None = None
+    detail_stride: int = 2
+    spatial_projection_bias: bool = True
+    num_patch_layers: int = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.grid_size < 1:
+            raise ValueError(f"`grid_size` must be at least 1, got {self.grid_size}.")
+        if self.spatial_scales is None:
+            self.spatial_scales = [
+                sixths_of_grid(self.grid_size, sixths) for sixths in range(1, NUM_DEFAULT_SCALES + 1)
+            ]
+            if len(set(self.spatial_scales)) < NUM_DEFAULT_SCALES:
+                raise ValueError(
+                    f"A grid of {self.grid_size}x{self.grid_size} patches is too small for "
+                    f"{NUM_DEFAULT_SCALES} different default scales (they would be {self.spatial_scales}). List "
+                    "`spatial_scales` yourself."
+                )
+        self.spatial_scales = list(self.spatial_scales)
+        if self.use_detail_integrator and self.detail_kernel_size is None:
+            self.detail_kernel_size = sixths_of_grid(self.grid_size, DETAIL_KERNEL_SIXTHS)
+        super().__post_init__(**kwargs)
+        self.validate_geometry()
+
+    def validate_geometry(self) -> None:
+        """Raise a `ValueError` where sizes contradict each other. Runs on creation and before saving."""
+        if self.spatial_variant not in SPATIAL_VARIANTS:
+            raise ValueError(
+                f"Unknown `spatial_variant` {self.spatial_variant!r}: expected one of {', '.join(SPATIAL_VARIANTS)}."
+            )
+        for name in ("vision_hidden_size", "text_hidden_size", "spatial_hidden_size", "num_patch_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+        scales = list(self.spatial_scales or [])
+        if not scales:
+            raise ValueError("`spatial_scales` is empty: LLaVA-SP needs at least one scale.")
+        if any(later <= earlier for earlier, later in pairwise(scales)):
+            raise ValueError(f"`spatial_scales` must grow strictly, got {scales}.")
+        if scales[0] < 1:
+            raise ValueError(f"`spatial_scales` must be at least 1, got {scales}.")
+        for scale in scales:
+            if scale > self.grid_size:
+                raise ValueError(
+                    f"Scale {scale} of `spatial_scales` is larger than `grid_size` {self.grid_size}: a map cannot be "
+                    "larger than the grid it is taken from."
+                )
+            if self.spatial_variant == "cropping" and (self.grid_size - scale) % 2:
+                raise ValueError(
+                    f"Scale {scale} of `spatial_scales` cannot be centred on `grid_size` {self.grid_size}: cropping "
+                    "needs scales of the grid's parity (both even or both odd)."
+                )
+        if self.use_detail_integrator:
+            if self.detail_kernel_size is None or not 1 <= self.detail_kernel_size <= self.grid_size:
+                raise ValueError(
+                    f"`detail_kernel_size` {self.detail_kernel_size} does not fit `grid_size` {self.grid_size}: it "
+                    "must be between 1 and the grid size."
+                )
+            if self.detail_stride < 1:
+                raise ValueError(f"`detail_stride` must be at least 1, got {self.detail_stride}.")
+
+    @property
+    def num_spatial_tokens(self) -> int:
+        """`int`: Number of spatial tokens per image, one per scale."""
+        return len(self.spatial_scales or ())
+
+    @property
+    def num_patch_tokens(self) -> int:
+        """`int`: Number of patch tokens per image."""
+        return self.num_image_tokens - self.num_spatial_tokens
+
+    @property
+    def num_image_tokens(self) -> int:
+        """`int`: Number of tokens per image, the spatial tokens first."""
+        return count_image_tokens(self.num_spatial_tokens, self.grid_size)
+
+    @property
+    def num_detail_tokens(self) -> int:
+        """`int`: Number of detail features that the spatial features attend to, 0 without the integrator."""
+        if not self.use_detail_integrator or self.detail_kernel_size is None:
+            return 0
+        return ((self.grid_size - self.detail_kernel_size) // self.detail_stride + 1) ** 2
+
+
+def vision_grid_size(vision_config: PreTrainedConfig) -> int:
+    """
+    The side of a vision tower's square patch grid.
+
+    Args:
+        vision_config ([`PreTrainedConfig`]): A vision configuration with `image_size` and `patch_size`, in pixels.
+
+    Returns:
+        `int`: Side of the patch grid, in patches.
+
+    Raises:
+        ValueError: If the tower has no such sizes or its grid is not square.
+    """
+    sides = []
+    for name in ("image_size", "patch_size"):
+        if not hasattr(vision_config, name):
+            raise ValueError(
+                f"`vision_config` of type {vision_config.model_type!r} has no `{name}`: LLaVA-SP needs a tower whose "
+                "patches form a square grid."
+            )
+        size = getattr(vision_config, name)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        if height != width:
+            raise ValueError(
+                f"`vision_config.{name}` is {height}x{width}: LLaVA-SP needs square images and square patches."
+            )
+        sides.append(height)
+    image_side, patch_side = sides
+    return image_side // patch_side
+
+
+@strict
+class LlavaSPConfig(LlavaSPPreTrainedConfig):
+    r"""
+    Configuration of a [`LlavaSPForConditionalGeneration`]. The defaults are those of the released LLaVA-SP-Cropping
+    7B: CLIP ViT-L/14 at 336 pixels and Vicuna-7B-v1.5, its vocabulary grown by `<image>` to a multiple of 64.
+
+    Args:
+        vision_config (`PreTrainedConfig | dict`, *optional*, defaults to `CLIPVisionConfig`):
+            Configuration of the vision tower.
+        text_config (`PreTrainedConfig | dict`, *optional*, defaults to `LlamaConfig`):
+            Configuration of the language model.
+        projector_config (`LlavaSPProjectorConfig | dict`, *optional*, defaults to `LlavaSPProjectorConfig`):
+            Configuration of the projector. Sizes that follow from the towers (`vision_hidden_size`,
+            `text_hidden_size`, `grid_size`) are filled in where a dict leaves them out, and must agree otherwise.
+        image_token_index (`int`, *optional*, defaults to 32000):
+            Id of the `<image>` token, whose embeddings the image's tokens replace. Also `image_token_id`.
+        vision_feature_layer (`int`, *optional*, defaults to -2):
+            Index into the vision tower's hidden states.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
+            `"default"` drops the first token (the class token), `"full"` keeps every token, for towers without one.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the language model's head shares the weights of its input embeddings. True where `text_config`
+            says so.
+
+    Raises:
+        ValueError: If values contradict each other; the message names both.
+
+    Example:
+
+    ```python
+    >>> from transformers import CLIPVisionConfig, LlamaConfig
+    >>> from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration
+
+    >>> vision_config = CLIPVisionConfig(hidden_size=96, num_hidden_layers=2, image_size=84, patch_size=7)
+    >>> text_config = LlamaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=128)
+    >>> config = LlavaSPConfig(
+    ...     vision_config=vision_config,
+    ...     text_config=text_config,
+    ...     projector_config={"spatial_variant": "pooling", "spatial_hidden_size": 16},
+    ...     image_token_id=100,
+    ... )
+    >>> config.projector_config.spatial_scales
+    [2, 4, 6, 8, 10, 12]
+
+    >>> model = LlavaSPForConditionalGeneration(config)
+    ```"""
+
+    model_type = "llava_sp"
+    attribute_map: ClassVar[dict[str, str]] = {"image_token_id": "image_token_index"}
+    sub_configs: ClassVar[dict[str, type]] = {
+        "vision_config": AutoConfig,
+        "text_config": AutoConfig,
+        "projector_config": LlavaSPProjectorConfig,
+    }
+
+    _hub_auto_map = MODEL_AUTO_MAP
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    projector_config: dict | PreTrainedConfig | None = None
+    image_token_index: int = 32000
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: str = "default"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.vision_config is None:
+            self.vision_config = CONFIG_MAPPING["clip_vision_model"](
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=336,
+                patch_size=14,
+                projection_dim=768,
+            )
+        elif isinstance(self.vision_config, dict):
+            vision_model_type = self.vision_config.get("model_type", "clip_vision_model")
+            self.vision_config = CONFIG_MAPPING[vision_model_type](**self.vision_config)
+
+        if self.text_config is None:
+            # Vicuna's 32000 pieces and `<image>`, padded to a multiple of 64
+            self.text_config = CONFIG_MAPPING["llama"](
+                vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0
+            )
+        elif isinstance(self.text_config, dict):
+            text_model_type = self.text_config.get("model_type", "llama")
+            self.text_config = CONFIG_MAPPING[text_model_type](**self.text_config)
+
+        if self.projector_config is None or isinstance(self.projector_config, dict):
+            derived = {
+                "grid_size": vision_grid_size(self.vision_config),
+                "vision_hidden_size": self.vision_config.hidden_size,
+                "text_hidden_size": self.text_config.hidden_size,
+            }
+            self.projector_config = LlavaSPProjectorConfig(**{**derived, **(self.projector_config or {})})
+
+        # The language model alone knows whether its checkpoint ties its embeddings
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        super().__post_init__(**kwargs)
+        self.validate_towers()
+
+    def validate_towers(self) -> None:
+        """Raise a `ValueError` where towers and projector disagree. Runs on creation and before saving."""
+        vision, text, projector = self.vision_config, self.text_config, self.projector_config
+        if not isinstance(projector, LlavaSPProjectorConfig):
+            raise ValueError(f"`projector_config` must be a LlavaSPProjectorConfig, got {type(projector).__name__}.")
+        grid_size = vision_grid_size(vision)
+        if projector.grid_size != grid_size:
+            raise ValueError(
+                f"`projector_config.grid_size` is {projector.grid_size}, but `vision_config` gives a grid of "
+                f"{grid_size} (image_size {vision.image_size}, patch_size {vision.patch_size})."
+            )
+        if projector.vision_hidden_size != vision.hidden_size:
+            raise ValueError(
+                f"`projector_config.vision_hidden_size` is {projector.vision_hidden_size}, but "
+                f"`vision_config.hidden_size` is {vision.hidden_size}."
+            )
+        if projector.text_hidden_size != text.hidden_size:
+            raise ValueError(
+                f"`projector_config.text_hidden_size` is {projector.text_hidden_size}, but "
+                f"`text_config.hidden_size` is {text.hidden_size}."
+            )
+        if self.vision_feature_select_strategy not in ("default", "full"):
+            raise ValueError(
+                f"Unknown `vision_feature_select_strategy` {self.vision_feature_select_strategy!r}: expected "
+                "'default' (drop the class token) or 'full' (keep every token)."
+            )
+        num_states = vision.num_hidden_layers + 1
+        if not -num_states <= self.vision_feature_layer < num_states:
+            raise ValueError(
+                f"`vision_feature_layer` is {self.vision_feature_layer}, but `vision_config.num_hidden_layers` "
+                f"{vision.num_hidden_layers} gives {num_states} hidden states."
+            )
+        if not 0 <= self.image_token_index < text.vocab_size:
+            raise ValueError(
+                f"`image_token_index` is {self.image_token_index}, which is outside `text_config.vocab_size` "
+                f"{text.vocab_size}."
+            )
+
+
+__all__ = ["LlavaSPConfig", "LlavaSPProjectorConfig"]

@@ -1,0 +1,314 @@
+# Copyright 2026 The transformers-llava-sp authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Processor class for LLaVA-SP"""
+
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from transformers import AutoImageProcessor, BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase
+from transformers.image_utils import ImageInput, is_valid_image, load_image, make_flat_list_of_images
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+from .configuration_llava_sp import copy_hub_modules, count_image_tokens
+
+
+PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_llava_sp.LlavaSPProcessor"}
+
+# The conversation of Vicuna v1.1 as LLaVA-1.5 trains it: a system prompt, images first in their turn and each followed
+# by a newline, no space between the end of an answer and the next turn. What is generated, and so learned, is the
+# answer with the space in front of it and the end token.
+VICUNA_V1_CHAT_TEMPLATE = """\
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] %}
+    {%- if system is not string %}
+        {%- for part in system if part['type'] != 'text' %}
+            {{- raise_exception("A message of the system cannot have a part of type '" ~ part['type'] ~ "': there are text parts, and image parts in messages of the user.") }}
+        {%- endfor %}
+        {%- set system = system | map(attribute='text') | join('') %}
+    {%- endif %}
+    {%- set turns = messages[1:] %}
+{%- else %}
+    {%- set system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions." %}
+    {%- set turns = messages %}
+{%- endif %}
+{%- if system %}
+    {{- system + ' ' }}
+{%- endif %}
+{%- for message in turns %}
+    {%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] %}
+        {{- raise_exception("The roles must alternate, user first, after at most one system message; message " ~ loop.index0 ~ " has the role '" ~ message['role'] ~ "'.") }}
+    {%- endif %}
+    {%- set parts = [{'type': 'text', 'text': message['content']}] if message['content'] is string else message['content'] %}
+    {%- for part in parts if part['type'] != 'text' and (part['type'] != 'image' or message['role'] != 'user') %}
+        {{- raise_exception("A message of the " ~ message['role'] ~ " cannot have a part of type '" ~ part['type'] ~ "': there are text parts, and image parts in messages of the user.") }}
+    {%- endfor %}
+    {%- set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') %}
+    {%- if message['role'] == 'user' %}
+        {{- 'USER: ' }}
+        {%- for part in parts | selectattr('type', 'equalto', 'image') %}
+            {{- '<image>\\n' }}
+        {%- endfor %}
+        {{- text }}
+    {%- else %}
+        {{- ' ASSISTANT:' }}
+        {%- generation %}
+            {{- ' ' + text + '</s>' }}
+        {%- endgeneration %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- ' ASSISTANT:' }}
+{%- endif %}
+"""  # noqa: E501
+
+
+class LlavaSPProcessor(ProcessorMixin):
+    """
+    Turns text and images into the inputs of a LLaVA-SP model: an image processor of Transformers, a tokenizer, and
+    the run of `<image>` tokens that each image takes.
+
+    Args:
+        image_processor (`BaseImageProcessor`):
+            Processes the images. [`LlavaImageProcessor`] with `do_pad=True` gives the authors' pixels.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizes the text; it has the image token as one added token.
+        num_spatial_tokens (`int`):
+            Number of spatial tokens per image, `config.projector_config.num_spatial_tokens`.
+        grid_size (`int`):
+            Side of the vision tower's patch grid in patches, `config.projector_config.grid_size`.
+        chat_template (`str`, *optional*):
+            Jinja template for messages. Defaults to the conversation the released checkpoints were trained with
+            (`vicuna_v1` in the authors' code).
+        image_token (`str`, *optional*, defaults to `"<image>"`):
+            The token that stands for an image in the text.
+
+    Raises:
+        ValueError: If the tokenizer does not have the image token as one token.
+    """
+
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        num_spatial_tokens: int,
+        grid_size: int,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+    ):
+        self.num_spatial_tokens = num_spatial_tokens
+        self.grid_size = grid_size
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"The tokenizer does not know the image token {image_token!r}. Add it, and resize the model's "
+                f"embeddings: tokenizer.add_tokens({image_token!r}, special_tokens=True)."
+            )
+        if chat_template is None:
+            chat_template = VICUNA_V1_CHAT_TEMPLATE.replace("<image>", image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """`int`: Number of tokens that one image takes."""
+        return count_image_tokens(self.num_spatial_tokens, self.grid_size)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, processor_dict: dict | None = None, **kwargs: Any
+    ) -> list:
+        # The authors resize with PIL, which torchvision does not reproduce, so PIL is the default even where
+        # torchvision is installed. The choice is the image processor's alone: a tokenizer would save it.
+        backend = kwargs.pop("backend", "pil")
+        subfolder = kwargs.pop("subfolder", "")
+        image_processor = AutoImageProcessor.from_pretrained(
+            pretrained_model_name_or_path, backend=backend, subfolder=subfolder, **kwargs
+        )
+        tokenizer = cls._load_tokenizer_from_pretrained(
+            "tokenizer", pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
+        return [image_processor, tokenizer]
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> list:
+        """
+        Save image processor, tokenizer, chat template and the Hub modules to a folder.
+
+        Args:
+            save_directory (`str` or `PathLike`): The folder, created if it does not exist.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to push them to the Hub as well.
+            kwargs (`dict[str, Any]`, *optional*): `repo_id` (the folder's name by default) and the other arguments of
+                [`~utils.PushToHubMixin.push_to_hub`].
+
+        Returns:
+            `list[str]`: The processor's own configuration file.
+        """
+        self.auto_map = dict(PROCESSOR_AUTO_MAP)
+        saved = super().save_pretrained(save_directory)
+        copy_hub_modules(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return saved
+
+    def _load_images(self, images: Any, position: str = "images") -> Any:
+        """
+        Open images given by path, URL, data URI or base64 string, and convert them and PIL images to RGB as PIL does.
+        Arrays and tensors are returned as they are.
+
+        Args:
+            images: An image or a list of them, nested or not.
+            position (`str`): Where it stands in the argument, for the error message.
+
+        Raises:
+            ValueError: If an image cannot be read or has no pixels; the message says which.
+        """
+        if isinstance(images, (list, tuple)):
+            return [self._load_images(image, f"{position}[{index}]") for index, image in enumerate(images)]
+        expected = "expected an image as a path, URL, data URI, base64 string, PIL image, array or tensor"
+        name, image = position, images
+        if isinstance(images, (str, PathLike)):
+            image = fspath(images)
+            name = f"{position} ({image if len(image) <= 200 else image[:60] + '...'})"
+        elif isinstance(images, PIL.Image.Image):
+            name = f"{position} (a PIL image of size {images.size} and mode {images.mode})"
+        elif not is_valid_image(images):
+            raise ValueError(f"Cannot use {position}: {expected}, got {type(images).__name__}.")
+        try:
+            if isinstance(image, str):
+                image = load_image(image)
+            elif isinstance(image, PIL.Image.Image):
+                image = image.convert("RGB")
+        except Exception as error:  # decoders raise anything from OSError to SyntaxError
+            reason = str(error) if len(str(error)) <= 300 else f"{str(error)[:300]}..."
+            raise ValueError(f"Cannot read {name}: {expected}. {type(error).__name__}: {reason}") from error
+        if isinstance(image, PIL.Image.Image):
+            # A transparent colour outlives PIL's conversion as a note, for which Transformers would blend the image
+            image.info.pop("transparency", None)
+        if 0 in (image.size if isinstance(image, PIL.Image.Image) else image.shape):
+            raise ValueError(f"Cannot use {name}: it has no pixels.")
+        return image
+
+    def prepare_inputs_layout(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any, Any, Any]:
+        """Load the images and wrap a single text in a list. Lists without any image count as no images."""
+        if images is not None:
+            images = self._load_images(images)
+        if isinstance(images, list) and all(isinstance(image, list) and not image for image in images):
+            images = None
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def validate_inputs(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Raise a `ValueError` where images and `<image>` slots do not agree, sample by sample if `images` is a nested
+        list, or where the arguments ask for something the model cannot do.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("LLaVA-SP takes text and images, but `videos` or `audio` was passed.")
+        text_kwargs = {**kwargs, **kwargs.get("text_kwargs", {})}
+        truncation, padding, max_length = (text_kwargs.get(key) for key in ("truncation", "padding", "max_length"))
+        refused = None
+        if truncation not in (None, False, "do_not_truncate"):
+            refused = f"truncation={truncation!r}"
+        elif truncation is None and max_length is not None and not padding:
+            refused = f"max_length={max_length!r}"  # which makes the tokenizer truncate, by its own default
+        if refused is not None:
+            raise ValueError(
+                f"`{refused}` is refused: it could cut through an image's {self.num_image_tokens} tokens or cut the "
+                "question off. Shorten the text or pass fewer images instead."
+            )
+        if text is not None:
+            self._validate_slots(images, [text] if isinstance(text, str) else text)
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _validate_slots(self, images: ImageInput | None, text: list[str]) -> None:
+        slots = [sample.count(self.image_token) if isinstance(sample, str) else 0 for sample in text]
+        hint = (
+            f"Each image needs one {self.image_token} in the text, where it belongs; a text that only speaks of "
+            f"{self.image_token} must be written otherwise."
+        )
+        if images is None:
+            if any(slots):
+                sample = next(index for index, count in enumerate(slots) if count)
+                raise ValueError(
+                    f"Sample {sample} has {slots[sample]} {self.image_token} slots, but no images were passed. {hint}"
+                )
+        elif isinstance(images, list) and all(isinstance(sample, list) for sample in images):
+            if len(images) != len(text):
+                raise ValueError(
+                    f"`images` is a list of {len(images)} lists, but there are {len(text)} texts: pass one list per "
+                    "text."
+                )
+            for index, (count, sample) in enumerate(zip(slots, images, strict=True)):
+                if count != len(sample):
+                    raise ValueError(
+                        f"Sample {index} has {count} {self.image_token} slots, but {len(sample)} images. {hint}"
+                    )
+        elif sum(slots) != (num_images := len(make_flat_list_of_images(images))):
+            where = f"The {len(text)} samples have" if len(text) > 1 else "The text has"
+            raise ValueError(
+                f"{where} {sum(slots)} {self.image_token} slots, but {num_images} images were passed. {hint}"
+            )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """
+        The text that replaces one `<image>`: the image's run of tokens and a space.
+
+        The authors tokenize the text behind an image as a string of its own, which puts sentencepiece's `▁` in front
+        of it. The space does the same, for prompts and messages alike.
+        """
+        return self.image_token * self.num_image_tokens + " "
+
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
+        """
+        Args:
+            image_sizes (`list[tuple[int, int]]`, *optional*): (height, width) of each image in pixels.
+
+        Returns:
+            `MultiModalData`: The number of tokens and of vision tower inputs of each image.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(
+            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]) -> None:
+        # The first place that sees the tokenized text
+        super()._check_special_mm_tokens(text, text_inputs, modalities)
+        max_length = self.tokenizer.model_max_length
+        for sample, input_ids in enumerate(text_inputs["input_ids"]):
+            length = sum(text_inputs["attention_mask"][sample]) if "attention_mask" in text_inputs else len(input_ids)
+            if length > max_length:
+                raise ValueError(
+                    f"Sample {sample} has {int(length)} tokens, but the model takes at most {max_length} "
+                    f"(tokenizer.model_max_length). Shorten the text or pass fewer images: each takes "
+                    f"{self.num_image_tokens} tokens."
+                )
+
+
+__all__ = ["LlavaSPProcessor"]
