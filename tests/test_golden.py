@@ -1,0 +1,220 @@
+"""
+The converted golden checkpoints give what the authors' own code gives: token ids, pixels, features, logits and greedy
+tokens, in float32 on the CPU. The tolerances are those of the golden data, where repeating the authors' run with
+another attention implementation already moves the logits by 1e-5.
+"""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, LARGE_GOLDEN, MINI_GOLDEN
+
+
+IMAGES = ("landscape", "portrait", "square")
+
+# The golden samples as messages; an image is the name of one of `IMAGES`
+CONVERSATIONS = {
+    "single": [("user", ["landscape"], "What is shown in this image?")],
+    "text_only": [("user", [], "Name three primary colors and explain why the sky is blue.")],
+    "two_images": [("user", ["portrait", "square"], "What is different between these two pictures?")],
+    "two_turn": [
+        ("user", ["portrait"], "Describe the image in detail."),
+        ("assistant", [], "There is a red flower, and 42 green leaves."),
+        ("user", [], "Where is the flower? Answer the question using a single word or phrase."),
+    ],
+    "single_square": [("user", ["square"], "How many people are there in the picture?")],
+}
+FINETUNE_RECORDS = [
+    record for record in json.loads((FIXTURES / "labels.json").read_text()) if record["stage"] == "finetune"
+]
+
+
+def messages_of(case, sample):
+    return [
+        {
+            "role": role,
+            "content": [{"type": "image", "path": str(case.image_files[name])} for name in images]
+            + [{"type": "text", "text": text}],
+        }
+        for role, images, text in CONVERSATIONS[sample]
+    ]
+
+
+def record_to_messages(record, image_file):
+    """LLaVA's JSON record as messages: an answer before the first question is dropped, as the authors do."""
+    turns = record["conversations"]
+    turns = turns[1:] if turns[0]["from"] == "gpt" else turns
+    messages = []
+    for turn in turns:
+        images = [{"type": "image", "path": str(image_file)}] * turn["value"].count("<image>")
+        text = {"type": "text", "text": turn["value"].replace("<image>", "").strip()}
+        messages.append({"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": [*images, text]})
+    return messages
+
+
+def collapse(values, is_slot, num_image_tokens):
+    """`values` with each image's run of slots replaced by one -200, as the authors write an image."""
+    collapsed, position = [], 0
+    while position < len(values):
+        if is_slot[position]:
+            assert all(is_slot[position : position + num_image_tokens])
+            collapsed.append(-200)
+            position += num_image_tokens
+        else:
+            collapsed.append(values[position])
+            position += 1
+    return collapsed
+
+
+def collapse_ids(input_ids, processor):
+    is_slot = [token == processor.image_token_id for token in input_ids]
+    return collapse(input_ids, is_slot, processor.num_image_tokens)
+
+
+@pytest.fixture(scope="module", params=[*MINI_GOLDEN, *LARGE_GOLDEN])
+def case(request, golden):
+    return golden(request.param)
+
+
+@pytest.fixture(scope="module", params=["eager", "sdpa"])
+def loaded(request, case):
+    return case.load(dtype=torch.float32, attn_implementation=request.param)
+
+
+@pytest.fixture(scope="module")
+def processor(case):
+    return case.load(dtype=torch.float32)[1]
+
+
+def prompt_inputs(case, processor, sample):
+    return processor(text=case.samples[sample]["prompt"], images=case.images(sample) or None, return_tensors="pt")
+
+
+def chat_inputs(case, processor, sample):
+    return processor.apply_chat_template(
+        messages_of(case, sample), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+@pytest.mark.parametrize("sample", CONVERSATIONS)
+@pytest.mark.parametrize("inputs_of", [prompt_inputs, chat_inputs], ids=["prompt", "messages"])
+def test_token_ids(case, processor, sample, inputs_of):
+    inputs = inputs_of(case, processor, sample)
+    assert collapse_ids(inputs["input_ids"][0].tolist(), processor) == case.samples[sample]["input_ids"]
+    assert inputs["input_ids"].shape[1] == case.samples[sample]["sequence_length"]
+    assert inputs["attention_mask"].all()
+    assert len(inputs.get("pixel_values", [])) == len(case.samples[sample]["images"])
+
+
+@pytest.mark.parametrize("sample", CONVERSATIONS)
+def test_chat_template_renders_the_authors_prompt(case, processor, sample):
+    rendered = processor.apply_chat_template(messages_of(case, sample), add_generation_prompt=True)
+    assert rendered == case.samples[sample]["prompt"]
+    assert rendered == json.loads((case.folder / "golden" / "prompts.json").read_text())[sample]["prompt"]
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_pixel_values(case, processor, image):
+    expected = json.loads((case.folder / "golden" / "golden.json").read_text())["images"][image]["pixel_values"]
+    pixel_values = processor.image_processor(case.image_files[image].as_posix(), return_tensors="pt")["pixel_values"][
+        0
+    ]
+    assert pixel_values.dtype == torch.float32
+    assert list(pixel_values.shape) == expected["shape"]
+    strided = case.tensors[f"pixel_values_strided.{image}"]
+    torch.testing.assert_close(pixel_values[:, ::16, ::16], strided, rtol=0, atol=1e-6)
+    assert hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest() == expected["sha256"]
+
+
+def test_pixel_values_of_every_stored_image(case, processor):
+    stored = [key for key in case.tensors if key.startswith("pixel_u8.")]
+    assert stored
+    mean, std = (
+        np.array(values, np.float32)[:, None, None]
+        for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    for key in stored:
+        image = case.image_files[key.removeprefix("pixel_u8.")]
+        expected = ((case.tensors[key].numpy() * (1 / 255)).astype(np.float32) - mean) / std
+        actual = processor.image_processor(image.as_posix(), return_tensors="np")["pixel_values"][0]
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@torch.no_grad()
+def test_image_features(case, loaded, image):
+    model, processor = loaded
+    inputs = processor.image_processor(case.image_files[image].as_posix(), return_tensors="pt")
+    outputs = model.get_image_features(**inputs)
+    torch.testing.assert_close(outputs.pooler_output[0], case.tensors[f"image_features.{image}"], rtol=0, atol=5e-5)
+    if f"patch_features.{image}" in case.tensors:
+        patch_features = outputs.hidden_states[model.config.vision_feature_layer][0, 1:]
+        torch.testing.assert_close(patch_features, case.tensors[f"patch_features.{image}"], rtol=0, atol=5e-5)
+
+
+def test_patch_features_are_stored_for_one_image(case):
+    assert [key for key in case.tensors if key.startswith("patch_features.")] == ["patch_features.landscape"]
+
+
+@pytest.mark.parametrize("sample", CONVERSATIONS)
+@torch.no_grad()
+def test_logits_and_greedy_tokens(case, loaded, sample):
+    model, processor = loaded
+    inputs = chat_inputs(case, processor, sample)
+
+    logits = model(**inputs).logits[0, :, : case.vocab_size]
+    expected = case.last_logits(sample)
+    torch.testing.assert_close(logits[-len(expected) :], expected, rtol=0, atol=2e-4)
+    assert torch.equal(logits.argmax(-1), case.tensors[f"{sample}.logits_argmax"])
+
+    generated = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert generated.tolist() == case.samples[sample]["generated_ids"]
+    assert generated.tolist() == case.tensors[f"{sample}.generated_ids"].tolist()
+    # Bytes that are no UTF-8 are spelled differently by the slow tokenizer of the authors
+    if "\N{REPLACEMENT CHARACTER}" not in case.samples[sample]["generated_text"]:
+        assert processor.decode(generated, skip_special_tokens=True) == case.samples[sample]["generated_text"]
+
+
+def test_batch_of_all_samples_generates_the_same(case, loaded):
+    model, processor = loaded
+    inputs = processor(
+        text=[sample["prompt"] for sample in case.samples.values()],
+        images=[case.images(name) for name in case.samples],
+        padding=True,
+        return_tensors="pt",
+    )
+    assert not inputs["attention_mask"].all()
+    generated = model.generate(**inputs, max_new_tokens=16, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    assert generated.tolist() == [sample["generated_ids"] for sample in case.samples.values()]
+
+
+def test_every_sample_is_covered(case):
+    assert set(case.samples) == set(CONVERSATIONS)
+    assert set(case.image_files) == set(IMAGES)
+
+
+@pytest.mark.parametrize("record", FINETUNE_RECORDS, ids=[record["name"] for record in FINETUNE_RECORDS])
+def test_generation_mask_is_what_the_authors_supervise(golden, record):
+    case = golden("mini-cropping")
+    _, processor = case.load(dtype=torch.float32)
+    inputs = processor.apply_chat_template(
+        record_to_messages(record, case.image_files["square"]),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    [input_ids], [mask] = inputs["input_ids"], inputs["assistant_masks"]
+    is_slot = [token == processor.image_token_id for token in input_ids]
+    labels = [token if supervised else -100 for token, supervised in zip(input_ids, mask, strict=True)]
+
+    assert collapse(input_ids, is_slot, processor.num_image_tokens) == record["input_ids"]
+    # The authors ignore an image's slots, which `collapse` writes as -200 in ids and labels alike
+    expected = [
+        -200 if token == -200 else label for token, label in zip(record["input_ids"], record["labels"], strict=True)
+    ]
+    assert collapse(labels, is_slot, processor.num_image_tokens) == expected
+    supervised = [token for token in labels if token != -100]
+    assert processor.tokenizer.convert_ids_to_tokens(supervised) == record["supervised_pieces"]
