@@ -2,10 +2,11 @@
 What must be equal: each test computes one answer in two ways, for each of the four variants.
 
 Logits have a standard deviation of about 1 here. Measured on an x86 CPU with PyTorch 2.13, Transformers 5.19.0 and
-5.23.0: a batch against each alone 5e-6, decoding with a cache against one forward 2e-6, attention implementations
-against sdpa 4e-6, beam scores 5e-7, and nothing at all where the arithmetic is the same (saved against loaded,
-embeddings against ids, the text alone against Llama, gradient checkpointing). The greedy tokens that are compared win
-by 4e-3 or more.
+5.23.0: a batch against each alone 5e-6, attention implementations against sdpa 4e-6, no cache and a static cache
+against the default 3e-6, prefill and decoding against one forward 2e-6, embeddings against ids 2e-6, speculative
+decoding 2e-6, a continued conversation 1.5e-6, beam scores 2e-7; nothing at all where the arithmetic is the same
+(saved against loaded, the text alone against Llama, tied weights, gradient checkpointing). The greedy tokens of the
+mixed batch win by 4e-3 or more.
 """
 
 import copy
@@ -55,10 +56,25 @@ def alone(model: LlavaSPForConditionalGeneration, inputs: dict) -> list[dict]:
     return samples
 
 
-def greedy(model, inputs: dict, **kwargs) -> torch.Tensor:
-    """The ids of `NEW_TOKENS` new tokens, one row per sample, by greedy search unless told otherwise."""
-    sequences = model.generate(**inputs, **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **kwargs})
-    return sequences[:, -NEW_TOKENS:]
+@dataclass
+class Answer:
+    """
+    What `generate` answers: the new tokens, `(samples, steps)`, and the logits that chose them, `(samples, steps,
+    vocabulary)`. The tokens of models as small as these repeat themselves and would hide a difference; logits do not.
+    """
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
+
+    def of_sample(self, row: int) -> "Answer":
+        return Answer(self.tokens[row : row + 1], self.logits[row : row + 1])
+
+
+def greedy(model, inputs: dict, **kwargs) -> Answer:
+    """`NEW_TOKENS` new tokens, by greedy search unless told otherwise."""
+    arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **kwargs}
+    output = model.generate(**inputs, **arguments, output_logits=True, return_dict_in_generate=True)
+    return Answer(output.sequences[:, -NEW_TOKENS:], torch.stack(output.logits, dim=1))
 
 
 @torch.no_grad()
@@ -68,6 +84,11 @@ def logits_of(model, inputs: dict, **kwargs) -> torch.Tensor:
 
 def assert_logits_equal(actual: torch.Tensor, expected: torch.Tensor, atol: float = LOGITS_ATOL) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def assert_same_answer(actual: Answer, expected: Answer, atol: float = LOGITS_ATOL) -> None:
+    assert torch.equal(actual.tokens, expected.tokens)
+    assert_logits_equal(actual.logits, expected.logits, atol)
 
 
 def embed(model, inputs: dict, scatter: bool) -> dict:
@@ -103,7 +124,7 @@ def test_saved_equals_loaded(model, inputs, tmp_path, max_shard_size):
         assert torch.equal(loaded.state_dict()[key], tensor), key
         assert torch.equal(stored[key], tensor), key
     assert_logits_equal(logits_of(loaded, inputs), logits_of(model, inputs), atol=0)
-    assert torch.equal(greedy(loaded, inputs), greedy(model, inputs))
+    assert_same_answer(greedy(loaded, inputs), greedy(model, inputs))
 
 
 # Batches and caches
@@ -115,7 +136,7 @@ def test_left_padded_batch_equals_each_alone(model, inputs):
     for row, sample in enumerate(alone(model, inputs)):
         length = sample["input_ids"].shape[1]
         assert_logits_equal(logits[row, -length:], logits_of(model, sample)[0])
-        assert torch.equal(generated[row], greedy(model, sample)[0])
+        assert_same_answer(generated.of_sample(row), greedy(model, sample))
 
 
 def test_images_reach_the_answer_in_order(model, inputs):
@@ -157,7 +178,7 @@ def test_decoding_with_a_cache_equals_one_forward(model, inputs):
     "cache", [{"use_cache": False}, {"cache_implementation": "static"}], ids=["no-cache", "static-cache"]
 )
 def test_generating_without_or_with_a_static_cache_equals_the_default(model, inputs, cache):
-    assert torch.equal(greedy(model, inputs, **cache), greedy(model, inputs))
+    assert_same_answer(greedy(model, inputs, **cache), greedy(model, inputs))
 
 
 def test_vision_tower_runs_once_per_generation(model, inputs):
@@ -208,7 +229,7 @@ def second_turn(model) -> SecondTurn:
 def test_conversation_continues_from_the_returned_cache(model, second_turn, only_new_tokens):
     expected = greedy(model, second_turn.conversation)
     continued = second_turn.continued(only_new_tokens)
-    assert torch.equal(greedy(model, {**continued, "pixel_values": second_turn.new_images}), expected)
+    assert_same_answer(greedy(model, {**continued, "pixel_values": second_turn.new_images}), expected)
 
 
 @pytest.mark.parametrize("only_new_tokens", [False, True], ids=["whole-conversation", "only-new-tokens"])
@@ -225,7 +246,7 @@ def test_text_turn_continues_from_the_returned_cache(model):
     output = model.generate(**first, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
     input_ids = torch.cat([output.sequences, torch.tensor([[14, 15, 16]])], dim=1)
     expected = greedy(model, {"input_ids": input_ids, "pixel_values": first["pixel_values"]})
-    assert torch.equal(greedy(model, {"input_ids": input_ids}, past_key_values=output.past_key_values), expected)
+    assert_same_answer(greedy(model, {"input_ids": input_ids}, past_key_values=output.past_key_values), expected)
 
 
 # Beams and samples
@@ -248,7 +269,8 @@ def test_beams_equal_each_alone(model, num_beams):
 
     sequences, scores = search(inputs)
     for row, sample in enumerate(alone(model, inputs)):
-        alone_sequences, alone_scores = search(sample)
+        # Features that stand in the embeddings already need no order of images: a wrong one cannot hide in both
+        alone_sequences, alone_scores = search(embed(model, sample, scatter=True))
         assert torch.equal(sequences[row], alone_sequences[0])
         torch.testing.assert_close(scores[row], alone_scores[0], rtol=0, atol=LOGITS_ATOL)
 
@@ -318,14 +340,14 @@ def test_sampling_never_yields_the_image_token(model, tmp_path):
 def test_prompt_lookup_equals_greedy(model, text):
     """The second text ends with the id in front of the image, so that what follows it there is `<image>`."""
     inputs = tiny_inputs(model, [text], [1])
-    assert torch.equal(greedy(model, inputs, prompt_lookup_num_tokens=4), greedy(model, inputs))
+    assert_same_answer(greedy(model, inputs, prompt_lookup_num_tokens=4), greedy(model, inputs))
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 2])
 def test_assisted_generation_equals_greedy(variant, model, num_images):
     assistant = tiny_model(variant, seed=1, hidden_size=32, num_attention_heads=2, num_hidden_layers=1)
     inputs = tiny_inputs(model, [[9, 10, 11]], [num_images])
-    assert torch.equal(greedy(model, inputs, assistant_model=assistant), greedy(model, inputs))
+    assert_same_answer(greedy(model, inputs, assistant_model=assistant), greedy(model, inputs))
 
 
 # Inputs
@@ -335,8 +357,8 @@ def test_assisted_generation_equals_greedy(variant, model, num_images):
 def test_embeddings_equal_ids(model, inputs, scatter):
     embedded = embed(model, inputs, scatter)
     assert_logits_equal(logits_of(model, embedded), logits_of(model, inputs))
-    assert torch.equal(greedy(model, embedded), greedy(model, inputs))
-    assert torch.equal(greedy(model, embedded, num_beams=2), greedy(model, inputs, num_beams=2))
+    assert_same_answer(greedy(model, embedded), greedy(model, inputs))
+    assert_same_answer(greedy(model, embedded, num_beams=2), greedy(model, inputs, num_beams=2))
 
 
 def test_text_alone_equals_the_language_model(model):
@@ -348,7 +370,7 @@ def test_text_alone_equals_the_language_model(model):
     inputs = tiny_inputs(model, [[5, 6, 7, 8], [9, 10]], [0, 0])
     logits = logits_of(model, inputs)
     assert_logits_equal(logits, logits_of(language_model, inputs), atol=0)
-    assert torch.equal(greedy(model, inputs), greedy(language_model, inputs))
+    assert_same_answer(greedy(model, inputs), greedy(language_model, inputs))
 
     # Rotary positions count by their distances: only uneven ones show whether they arrive
     inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1])[None] ** 2
@@ -357,13 +379,9 @@ def test_text_alone_equals_the_language_model(model):
 
 
 def test_positional_prompt_equals_input_ids(model, inputs):
-    sequences = model.generate(
-        inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        pixel_values=inputs["pixel_values"],
-        max_new_tokens=NEW_TOKENS,
-    )
-    assert torch.equal(sequences[:, -NEW_TOKENS:], greedy(model, inputs))
+    others = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
+    sequences = model.generate(inputs["input_ids"], **others, max_new_tokens=NEW_TOKENS)
+    assert torch.equal(sequences[:, -NEW_TOKENS:], greedy(model, inputs).tokens)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +410,7 @@ def test_attention_implementations_equal_sdpa(model, inputs, implementation):
     Forward and generation. FlexAttention runs uncompiled here, as PyTorch's reference of it: the compiled kernel of
     PyTorch 2.13 for CPUs does not build for a decoding step behind left padding, for a plain Llama neither.
     """
-    expected, expected_tokens = logits_of(model, inputs), greedy(model, inputs)
+    expected, expected_answer = logits_of(model, inputs), greedy(model, inputs)
     assert model.config.text_config._attn_implementation == model.config.vision_config._attn_implementation == "sdpa"
 
     model.set_attn_implementation(implementation)
@@ -401,7 +419,7 @@ def test_attention_implementations_equal_sdpa(model, inputs, implementation):
     real = inputs["attention_mask"].bool()
     with torch.compiler.set_stance("force_eager"):
         assert_logits_equal(logits_of(model, inputs)[real], expected[real])
-        assert torch.equal(greedy(model, inputs), expected_tokens)
+        assert_same_answer(greedy(model, inputs), expected_answer)
 
 
 @pytest.mark.slow
@@ -446,11 +464,11 @@ def test_loss_is_the_mean_cross_entropy_of_the_labels(model, inputs):
             for row, position in (labels != -100).nonzero().tolist()
         ]
         assert len(terms) == 9
-        torch.testing.assert_close(output.loss, torch.stack(terms).mean(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(output.loss, torch.stack(terms).mean(), rtol=1e-5, atol=0)
 
         # How Trainer accumulates gradients: the sum, divided by the tokens of all accumulated batches
         accumulated = model(**inputs, labels=labels, num_items_in_batch=100).loss
-        torch.testing.assert_close(accumulated, torch.stack(terms).sum() / 100, rtol=1e-6, atol=0)
+        torch.testing.assert_close(accumulated, torch.stack(terms).sum() / 100, rtol=1e-5, atol=0)
 
 
 def test_gradient_checkpointing_equals_plain_training(model, inputs):
@@ -467,7 +485,7 @@ def test_gradient_checkpointing_equals_plain_training(model, inputs):
     checkpointed_loss, checkpointed_gradients = loss_and_gradients(model, inputs, labels)
     assert len(calls) == 3 * len(layers), "each checkpointed layer runs again in the backward pass"
 
-    torch.testing.assert_close(checkpointed_loss, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(checkpointed_loss, loss, rtol=1e-5, atol=0)
     assert checkpointed_gradients.keys() == gradients.keys()
     assert any(name.startswith("model.multi_modal_projector.") for name in gradients)
     for name, gradient in gradients.items():
@@ -531,11 +549,10 @@ def test_half_precision_follows_single_precision(model, inputs, dtype, feature_t
     rounding = (half_logits.float() - logits_of(model, inputs))[real].abs().max()
     assert rounding < logits_atol
 
-    output = model.generate(
-        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, output_scores=True, return_dict_in_generate=True
-    )
-    tokens, half_tokens = output.sequences[:, -NEW_TOKENS:], greedy(half, half_inputs)
-    best, second = torch.stack(output.scores, dim=1).topk(2).values.unbind(-1)  # (samples, steps)
+    answer = greedy(model, inputs)
+    tokens, half_tokens = answer.tokens, greedy(half, half_inputs).tokens
+    allowed = answer.logits.index_fill(-1, torch.tensor([IMAGE_TOKEN_ID]), -torch.inf)
+    best, second = allowed.topk(2).values.unbind(-1)  # (samples, steps)
     margins = best - second
     assert (margins[:, 0] > 2 * rounding).any(), "no first token is certain: this compares nothing"
     for row in range(len(tokens)):
@@ -583,12 +600,12 @@ def test_resized_vocabulary(model, inputs, tmp_path, vocab_size):
     with torch.no_grad():
         loss = model(**inputs, labels=labels).loss
     expected_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
 
     model.save_pretrained(tmp_path)
     loaded, report = LlavaSPForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
-    assert torch.equal(greedy(loaded, inputs), greedy(model, inputs))
+    assert_same_answer(greedy(loaded, inputs), greedy(model, inputs))
 
 
 def test_vocabulary_without_the_image_token_is_not_saved(model, tmp_path):
@@ -725,10 +742,10 @@ def test_prompt_longer_than_the_language_model(variant, caplog):
     text = [9, 10, 11, 12, 13, 9, 10, 11, 12]
     fitting, too_long = tiny_inputs(model, [text[1:]], [1]), tiny_inputs(model, [text], [1])
     assert fitting["input_ids"].shape[1] == 160
-    assert greedy(model, fitting).shape == (1, NEW_TOKENS)
+    assert greedy(model, fitting).tokens.shape == (1, NEW_TOKENS)
     # The candidates of speculative decoding follow the prompt, they are no part of it
     for speculation in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": assistant}):
-        assert torch.equal(greedy(model, fitting, **speculation), greedy(model, fitting))
+        assert_same_answer(greedy(model, fitting, **speculation), greedy(model, fitting))
     for inputs in (too_long, embed(model, too_long, scatter=False)):
         with pytest.raises(ValueError, match=r"161 tokens long.* 160 positions.*max_position_embeddings.* 150 tokens"):
             greedy(model, inputs)

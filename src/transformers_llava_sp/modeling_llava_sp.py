@@ -27,7 +27,8 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .configuration_llava_sp import LlavaSPConfig, LlavaSPProjectorConfig
 
@@ -38,9 +39,6 @@ except ImportError:
 
     def select_hidden_states(selection: Callable) -> Callable:
         return lambda function: function
-
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -382,6 +380,8 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
     def __init__(self, config: LlavaSPConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        # The first forward would do it, under a lock that torch.compile cannot trace
+        maybe_install_capturing_hooks(self.vision_tower)
         self.multi_modal_projector = LlavaSPProjector._from_config(config.projector_config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
