@@ -124,7 +124,7 @@ def tower(**overrides):
     [
         (
             {"projector_config": {"grid_size": 24}},
-            r"`projector_config.grid_size` is 24, but `vision_config` gives a grid of 12 .*image_size 84, patch_size 7",
+            r"`projector_config.grid_size` is 24, but `vision_config` gives a grid of 12 .*size 84, patch_size 7",
         ),
         (
             {"projector_config": {"vision_hidden_size": 48}},

@@ -191,6 +191,15 @@ def test_batch_of_all_samples_generates_the_same(case, loaded):
     assert generated.tolist() == [sample["generated_ids"] for sample in case.samples.values()]
 
 
+def test_what_is_no_piece_of_text_is_never_generated(case, loaded):
+    model, processor = loaded
+    num_tokens, vocab_size = len(processor.tokenizer), model.config.text_config.vocab_size
+    suppressed = set(model.generation_config.suppress_tokens)
+    assert vocab_size % 64 == 0
+    assert suppressed == {processor.image_token_id, *range(num_tokens, vocab_size)}
+    assert not suppressed & {token for sample in case.samples.values() for token in sample["generated_ids"]}
+
+
 def test_every_sample_is_covered(case):
     assert set(case.samples) == set(CONVERSATIONS)
     assert set(case.image_files) == set(IMAGES)

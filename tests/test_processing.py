@@ -340,19 +340,18 @@ def test_pil_is_the_default_even_with_torchvision(backends, folder):
 
 @pytest.mark.parametrize("backend", ["torchvision", "pil"])
 def test_backend_on_request_is_the_image_processors_alone(backends, folder, tmp_path, backend):
-    before = (folder / "tokenizer_config.json").read_text()
+    AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path / "default")
+    backends.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where torchvision is missing, PIL steps in with a warning
         processor = AutoProcessor.from_pretrained(folder, backend=backend)
     assert backends == [backend]
     assert processor.tokenizer.init_kwargs.get("backend") != backend
-    processor.save_pretrained(tmp_path)
-    assert (tmp_path / "tokenizer_config.json").read_text() == before
-    assert f'"{backend}"' not in (tmp_path / "processor_config.json").read_text()
-    assert (
-        json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]["image_processor_type"]
-        == "LlavaImageProcessor"
-    )
+    processor.save_pretrained(tmp_path / "chosen")
+    default, chosen = ((tmp_path / name / "tokenizer_config.json").read_text() for name in ("default", "chosen"))
+    assert chosen == default
+    config = json.loads((tmp_path / "chosen" / "processor_config.json").read_text())
+    assert config["image_processor"]["image_processor_type"] == "LlavaImageProcessor"
 
 
 # The chat template
