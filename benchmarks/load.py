@@ -1,0 +1,310 @@
+"""
+Memory and time that loading takes: LLaVA-SP against Transformers' LLaVA, in the same run.
+
+    python benchmarks/load.py                      # 3.4 GB each, five loads of each checkpoint, a minute or two
+    python benchmarks/load.py --output load.json   # the figures as JSON as well
+
+Both models get random bfloat16 weights in the released 7B's widths, with fewer language model layers; they are written
+to a temporary folder, as a single file and as shards, and removed afterwards. benchmarks/README.md says what is
+measured and how. Exits with status 1 where a limit is not met.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionModel,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration, __version__
+
+
+MODELS = ("llava-sp", "llava")
+SHARD_SIZES = {"single file": "50GB", "shards": "500MB"}
+MIN_BYTES = 2 * 10**9
+
+# Both are the acceptance limits: the weights' size plus 5 %, LLaVA's time per byte plus 5 %
+MEMORY_LIMIT = 1.05
+TIME_LIMIT = 1.05
+
+SAMPLING_INTERVAL = 0.002  # seconds
+PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+
+
+def count_bytes(model: PreTrainedModel) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def make_models(text_layers: int) -> dict[str, PreTrainedModel]:
+    """
+    The two models on the meta device, in bfloat16: LLaVA-SP in the released widths with `text_layers` layers in its
+    language model, and LLaVA with the same tower and so many language model layers, of such a width, that it is as
+    large.
+    """
+    config = LlavaSPConfig()
+    config.text_config.num_hidden_layers = text_layers
+    with torch.device("meta"):
+        llava_sp = LlavaSPForConditionalGeneration(config).to(torch.bfloat16)
+        projector = llava_sp.model.multi_modal_projector
+        # The patch MLP is LLaVA's whole projector
+        surplus = projector.num_parameters() - sum(parameter.numel() for parameter in projector.patch_mlp.parameters())
+        hidden_size, mlp_size = config.text_config.hidden_size, config.text_config.intermediate_size
+        layer = llava_sp.model.language_model.layers[0]
+        attention = sum(parameter.numel() for parameter in layer.self_attn.parameters())
+        llava_layers = text_layers + round(surplus / sum(parameter.numel() for parameter in layer.parameters()))
+        mlp = (
+            surplus + text_layers * 3 * hidden_size * mlp_size - (llava_layers - text_layers) * attention
+        ) / llava_layers
+        text_config = {
+            **config.text_config.to_dict(),
+            "num_hidden_layers": llava_layers,
+            "intermediate_size": round(mlp / (3 * hidden_size) / 64) * 64,
+        }
+        llava_config = LlavaConfig(
+            vision_config=config.vision_config, text_config=text_config, image_token_index=config.image_token_id
+        )
+        llava = LlavaForConditionalGeneration(llava_config).to(torch.bfloat16)
+    return {"llava-sp": llava_sp, "llava": llava}
+
+
+def write_checkpoint(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
+    """Save a model of the meta device, every tensor filled with the same block of random numbers, over and over."""
+    block = torch.empty(2**24, dtype=model.dtype).uniform_(-0.02, 0.02, generator=torch.Generator().manual_seed(0))
+    # The model itself stays on the meta device, for the next layout
+    state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in model.state_dict().items()}
+    for tensor in state.values():
+        for part in tensor.view(-1).split(block.numel()):
+            part.copy_(block[: part.numel()])
+    model.save_pretrained(folder, state_dict=state, max_shard_size=shard_size)
+
+
+def read_into_page_cache(folder: Path) -> None:
+    """Read the weights once, so that the disk's speed and what the system has cached are not measured."""
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb", buffering=0) as stream:
+            while stream.read(2**24):
+                pass
+
+
+def load(folder: str) -> None:
+    """
+    The measured process: import everything, say so, wait for a line, load, and print how long it took in seconds.
+    """
+    torch.set_grad_enabled(False)
+    # Transformers imports a model's code when it first asks for it: LLaVA's must not count as loading either
+    assert all((AutoModelForImageTextToText, LlavaForConditionalGeneration, CLIPVisionModel, LlamaModel))
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+    start, cpu_start = time.perf_counter(), time.process_time()
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    loaded = time.perf_counter()
+    # Writing to every page makes the weights real, also where they are a lazy view of the file
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.view(-1)[:: PAGE_SIZE // tensor.element_size()].mul_(1)
+    touched, cpu_touched = time.perf_counter(), time.process_time()
+
+    result = {
+        "load_s": loaded - start,
+        "load_and_touch_s": touched - start,
+        "cpu_s": cpu_touched - cpu_start,
+        "bytes": count_bytes(model),
+    }
+    print(json.dumps(result), flush=True)
+    # Stay until the last sample is taken
+    sys.stdin.readline()
+
+
+def read_memory(pid: int) -> dict[str, int]:
+    """Resident memory of a process in bytes: anonymous, and that of mapped files."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    fields = dict(line.split(":\t", 1) for line in status.splitlines())
+    return {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Load a checkpoint in a fresh process. Its memory is sampled from here, which costs the process no time."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--load", str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    errors: list[str] = []
+    # Progress bars and warnings: read all the time, or a full pipe would stop the process
+    drain = threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True)
+    drain.start()
+    peak = {"RssAnon": 0, "RssFile": 0}
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.is_set():
+            for name, value in read_memory(process.pid).items():
+                peak[name] = max(peak[name], value)
+            time.sleep(SAMPLING_INTERVAL)
+
+    try:
+        if process.stdout.readline() != "ready\n":
+            process.wait()
+            drain.join()
+            raise RuntimeError(f"The process that loads {folder} did not start:\n{''.join(errors)}")
+        before = read_memory(process.pid)
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        process.stdin.write("load\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        done.set()
+        sampler.join()
+        if not answer:
+            process.wait()
+            drain.join()
+            raise RuntimeError(f"The process that loads {folder} failed:\n{''.join(errors)}")
+    finally:
+        done.set()
+        process.stdin.close()
+        process.wait()
+    result = json.loads(answer)
+    result["peak_anonymous_bytes"] = peak["RssAnon"] - before["RssAnon"]
+    result["peak_mapped_bytes"] = peak["RssFile"] - before["RssFile"]
+    result["load_average"] = os.getloadavg()[0]
+    return result
+
+
+def describe_machine() -> dict[str, str | int | float]:
+    cpu = next(
+        (line.split(": ", 1)[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count() or 0,
+        "memory_bytes": PAGE_SIZE * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+        "load_average_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "transformers_llava_sp": __version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def summarise(runs: dict[str, list[dict[str, float]]]) -> dict[str, object]:
+    """Per model: bytes, memory as a multiple of them, seconds per 10^9 bytes; and LLaVA-SP's time over LLaVA's."""
+    summary: dict[str, object] = {}
+    per_byte: dict[str, list[float]] = {}
+    for name, results in runs.items():
+        per_byte[name] = [result["load_and_touch_s"] / result["bytes"] * 1e9 for result in results]
+        summary[name] = {
+            "bytes": results[0]["bytes"],
+            "peak_anonymous_multiple": max(result["peak_anonymous_bytes"] / result["bytes"] for result in results),
+            "peak_mapped_multiple": max(result["peak_mapped_bytes"] / result["bytes"] for result in results),
+            "seconds": statistics.median(result["load_and_touch_s"] for result in results),
+            "seconds_before_touching": statistics.median(result["load_s"] for result in results),
+            "seconds_per_gigabyte": statistics.median(per_byte[name]),
+            "seconds_per_gigabyte_range": (min(per_byte[name]), max(per_byte[name])),
+        }
+    ratios = [ours / theirs for ours, theirs in zip(per_byte["llava-sp"], per_byte["llava"], strict=True)]
+    summary["time_ratio"] = statistics.median(per_byte["llava-sp"]) / statistics.median(per_byte["llava"])
+    summary["time_ratio_range"] = (min(ratios), max(ratios))
+    return summary
+
+
+def print_table(summaries: dict[str, dict]) -> bool:
+    """Print the figures; returns whether all limits are met."""
+    met = True
+    print("\n| checkpoint | model | bytes | peak anonymous memory | mapped | seconds | s/GB, median (range) |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for layout, summary in summaries.items():
+        for name in MODELS:
+            row = summary[name]
+            low, high = row["seconds_per_gigabyte_range"]
+            print(
+                f"| {layout} | {name} | {row['bytes'] / 1e9:.3f} GB | {row['peak_anonymous_multiple']:.3f} x | "
+                f"{row['peak_mapped_multiple']:.3f} x | {row['seconds']:.2f} | "
+                f"{row['seconds_per_gigabyte']:.3f} ({low:.3f} to {high:.3f}) |"
+            )
+    print()
+    for layout, summary in summaries.items():
+        memory, ratio = summary["llava-sp"]["peak_anonymous_multiple"], summary["time_ratio"]
+        low, high = summary["time_ratio_range"]
+        for value, limit, text in (
+            (memory, MEMORY_LIMIT, f"peak anonymous memory {memory:.3f} x the weights"),
+            (ratio, TIME_LIMIT, f"time per byte {ratio:.3f} x LLaVA's, in pairs {low:.3f} to {high:.3f}"),
+        ):
+            met = met and value <= limit
+            print(f"{layout}: {text}, at most {limit}: {'met' if value <= limit else 'NOT MET'}")
+    return met
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--text-layers", type=int, default=1, help="language model layers of LLaVA-SP")
+    parser.add_argument("--repeats", type=int, default=5, help="measured loads of each checkpoint, after one warm-up")
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the temporary folder is made")
+    parser.add_argument("--output", type=Path, help="a JSON file to write the figures to")
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.load:
+        load(arguments.load)
+        return
+
+    machine = describe_machine()
+    print("\n".join(f"{key}: {value}" for key, value in machine.items()))
+    models = make_models(arguments.text_layers)
+    sizes = {name: count_bytes(model) for name, model in models.items()}
+    assert min(sizes.values()) >= MIN_BYTES, f"too small to say anything: {sizes}"
+
+    runs: dict[str, dict[str, list[dict[str, float]]]] = {}
+    with tqdm(total=len(SHARD_SIZES) * len(MODELS) * (arguments.repeats + 2), unit="step") as progress:
+        for layout, shard_size in SHARD_SIZES.items():
+            runs[layout] = {name: [] for name in MODELS}
+            with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+                folders = {name: Path(folder, name) for name in MODELS}
+                for name in MODELS:
+                    progress.set_description(f"writing {name}, {layout}")
+                    write_checkpoint(models[name], folders[name], shard_size)
+                    read_into_page_cache(folders[name])
+                    progress.update()
+                for repeat in range(arguments.repeats + 1):
+                    # Neither always comes first, so that nothing that drifts favours one
+                    for name in MODELS if repeat % 2 else reversed(MODELS):
+                        progress.set_description(f"loading {name}, {layout}")
+                        result = measure(folders[name])
+                        if repeat:  # the first is the warm-up
+                            runs[layout][name].append(result)
+                        progress.update()
+
+    summaries = {layout: summarise(results) for layout, results in runs.items()}
+    met = print_table(summaries)
+    if arguments.output:
+        arguments.output.write_text(
+            json.dumps({"machine": machine, "summary": summaries, "runs": runs}, indent=2) + "\n"
+        )
+    if not met:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

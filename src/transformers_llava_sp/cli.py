@@ -1,0 +1,204 @@
+# Copyright 2026 The transformers-llava-sp authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The `llava-sp` command: one sub-command for each thing to do, the work itself elsewhere in the package."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+
+
+app = typer.Typer(
+    help="LLaVA-SP for Hugging Face Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Dtype(str, Enum):
+    """Number formats that weights can have; `auto` is the one that they are stored in."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def main() -> None:
+    """Run the `llava-sp` command."""
+    app()
+
+
+def print_version(wanted: bool) -> None:
+    """Print the package's version and stop, if `wanted`."""
+    if wanted:
+        typer.echo(f"transformers-llava-sp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """LLaVA-SP for Hugging Face Transformers."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """
+    Turn the errors that a wrong argument or file causes into one line on stderr and exit status 1. Others keep their
+    traceback: they are mistakes of the program.
+    """
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"llava-sp: error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="The authors' checkpoint: a folder or a Hub id.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    base_model: Annotated[str, typer.Option(help="The language model it was trained from: a folder or a Hub id.")],
+    vision_tower: Annotated[str, typer.Option(help="The vision tower: a folder or a Hub id.")],
+    dtype: Annotated[Dtype, typer.Option(help="Number format of the weights written.")] = Dtype.auto,
+) -> None:
+    """Convert a checkpoint of the LLaVA-SP authors into a folder that Transformers loads."""
+    with one_line_errors():
+        from .conversion import convert_checkpoint
+
+        report = convert_checkpoint(
+            checkpoint, output, base_model=base_model, vision_tower=vision_tower, dtype=dtype.value
+        )
+    typer.echo(report)
+
+
+@app.command()
+def ask(
+    model_name: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A converted LLaVA-SP model: a folder or a Hub id.")
+    ],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[
+        list[str] | None, typer.Option(help="An image the question is about: a file or a URL. Repeat for more.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    dtype: Annotated[Dtype, typer.Option(help="Number format to compute in.")] = Dtype.auto,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute, such as cpu or cuda:0. A GPU if there is one.")
+    ] = None,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="Attention, such as sdpa, eager or flash_attention_2.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 always takes the likeliest token; higher values sample.")
+    ] = 0.0,
+) -> None:
+    """Ask a LLaVA-SP model a question, about images or without any, and print its answer as it comes."""
+    with one_line_errors():
+        from transformers import AutoProcessor, TextStreamer
+
+        require_llava_sp(model_name)
+        processor = AutoProcessor.from_pretrained(model_name)
+        content = [{"type": "image", "image": source} for source in image or []] + [{"type": "text", "text": question}]
+        # Before the weights: a wrong image or a long question should not have to wait for them
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        model = load_model(model_name, dtype=dtype.value, device=device, attention=attn_implementation)
+        inputs = inputs.to(model.device, model.dtype)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)
+
+
+def require_llava_sp(name: str) -> None:
+    """
+    Raise a `ValueError` if a folder or Hub id is not a LLaVA-SP model in Transformers' format, an `OSError` if it
+    cannot be found.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from transformers import PreTrainedConfig
+
+    from .configuration_llava_sp import LlavaSPConfig
+
+    try:
+        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    except OSError as error:
+        if isinstance(error.__cause__, HFValidationError):
+            raise OSError(f"There is no folder {name!r}, and a Hub id has the form 'owner/name'.") from error
+        raise
+    if model_type != LlavaSPConfig.model_type:
+        raise ValueError(
+            f"{name!r} is not a LLaVA-SP model: its config.json has model_type {model_type!r}, not "
+            f"{LlavaSPConfig.model_type!r}. Convert the authors' checkpoints with `llava-sp convert` first."
+        )
+
+
+def load_model(name: str, dtype: str, device: str | None, attention: str | None) -> Any:
+    """
+    Load a LLaVA-SP model, whole.
+
+    Args:
+        name (`str`): A folder or a Hub id.
+        dtype (`str`): Number format to load the weights in, `"auto"` for the one they are stored in.
+        device (`str`, *optional*): Where to put it. Defaults to the first GPU, or the CPU where there is none.
+        attention (`str`, *optional*): The attention implementation. Defaults to Transformers' choice.
+
+    Returns:
+        [`LlavaSPForConditionalGeneration`]: The model.
+
+    Raises:
+        ValueError: If weights are missing or of another shape, or `device` cannot be used.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"The device {device!r} cannot be used: {error}") from error
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        name,
+        dtype=dtype,
+        attn_implementation=attention,
+        # Refused below, by name: on its own, Transformers would fill in what is missing at random
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    random_weights = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    if random_weights:
+        raise ValueError(
+            f"{name!r} has not all weights in the shapes that its config.json implies: "
+            f"{', '.join(sorted(random_weights))}. Convert or download it again."
+        )
+    return model.to(device)
+
+
+if __name__ == "__main__":
+    main()
