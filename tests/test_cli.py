@@ -270,29 +270,20 @@ def test_an_error_of_the_program_keeps_its_traceback(mini, monkeypatch):
     assert isinstance(result.exception, RuntimeError)
 
 
-def run_in_shell(*arguments) -> subprocess.CompletedProcess:
+def test_ask_from_a_shell(mini, photo):
     source = Path(transformers_llava_sp.__file__).parent.parent
-    return subprocess.run(
-        [sys.executable, "-m", "transformers_llava_sp.cli", *map(str, arguments)],
+    command = ["ask", mini.converted, QUESTIONS["single"], "--image", photo, "--max-new-tokens", 16]
+    result = subprocess.run(
+        [sys.executable, "-m", "transformers_llava_sp.cli", *map(str, command)],
         env={**os.environ, "PYTHONPATH": str(source)},
         capture_output=True,
         text=True,
         encoding="utf-8",
         timeout=300,
     )
-
-
-def test_ask_from_a_shell(mini, photo, tmp_path):
-    answered = run_in_shell("ask", mini.converted, QUESTIONS["single"], "--image", photo, "--max-new-tokens", 16)
-    assert answered.returncode == 0, answered.stderr
-    assert answered.stdout == mini.samples["single"]["generated_text"] + "\n"
-
-    (tmp_path / "text.png").write_text("not an image")
-    refused = run_in_shell("ask", mini.converted, "What?", "--image", tmp_path / "text.png")
-    assert refused.returncode == 1
-    assert refused.stdout == ""
-    assert "text.png" in refused.stderr.splitlines()[-1]
-    assert "Traceback" not in refused.stderr
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == mini.samples["single"]["generated_text"] + "\n"
+    assert "warning" not in result.stderr.lower()
 
 
 def test_the_command_is_installed():

@@ -725,6 +725,24 @@ def test_incomplete_run_of_placeholders(model):
         model(**inputs)
 
 
+def test_placeholders_of_one_sample_in_another_do_not_generate_beams(model):
+    inputs = tiny_inputs(model, [[5, 6], [7, 8]], [1, 1])
+    per_image = model.config.projector_config.num_image_tokens
+    inputs["input_ids"][0, 1], inputs["input_ids"][1, -1] = 9, model.config.image_token_id
+    with pytest.raises(ValueError, match=rf"{MISMATCH}: .*\[{per_image - 1}, {per_image + 1}\].*multiples of the"):
+        greedy(model, inputs, num_beams=2)
+
+
+def test_a_model_made_from_a_configuration_never_answers_with_the_image_token(model):
+    """Also the first candidates of prompt lookup, which copies from the prompt, run of placeholders included."""
+    fresh = LlavaSPForConditionalGeneration(model.config).eval()
+    assert fresh.generation_config.suppress_tokens == [model.config.image_token_id]
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config.eos_token_id = None
+    inputs = tiny_inputs(model, [[3]], [1])
+    assert_same_answer(greedy(fresh, inputs, prompt_lookup_num_tokens=4), greedy(fresh, inputs))
+
+
 @pytest.mark.parametrize("num_beams", [1, 2], ids=["greedy", "beams"])
 def test_image_tokens_without_images_do_not_generate(model, num_beams):
     inputs = tiny_inputs(model, [[5, 6]], [1])

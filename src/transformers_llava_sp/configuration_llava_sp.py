@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 
 SPATIAL_VARIANTS = ("cropping", "pooling")
@@ -205,7 +205,10 @@ class LlavaSPProjectorConfig(LlavaSPPreTrainedConfig):
         self.validate_geometry()
 
     def validate_geometry(self) -> None:
-        """Raise a `ValueError` where sizes contradict each other. Runs on creation and before saving."""
+        """
+        Raise a `ValueError` where sizes contradict each other. Runs on creation, and before saving, where it arrives
+        as the cause of a `StrictDataclassClassValidationError`.
+        """
         if self.spatial_variant not in SPATIAL_VARIANTS:
             raise ValueError(
                 f"Unknown `spatial_variant` {self.spatial_variant!r}: expected one of {', '.join(SPATIAL_VARIANTS)}."
@@ -362,7 +365,8 @@ class LlavaSPConfig(LlavaSPPreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.vision_config is None:
-            self.vision_config = CONFIG_MAPPING["clip_vision_model"](
+            self.vision_config = AutoConfig.for_model(
+                "clip_vision_model",
                 hidden_size=1024,
                 intermediate_size=4096,
                 num_hidden_layers=24,
@@ -372,17 +376,15 @@ class LlavaSPConfig(LlavaSPPreTrainedConfig):
                 projection_dim=768,
             )
         elif isinstance(self.vision_config, dict):
-            vision_model_type = self.vision_config.get("model_type", "clip_vision_model")
-            self.vision_config = CONFIG_MAPPING[vision_model_type](**self.vision_config)
+            self.vision_config = AutoConfig.for_model(**{"model_type": "clip_vision_model", **self.vision_config})
 
         if self.text_config is None:
             # Vicuna's 32000 pieces and `<image>`, padded to a multiple of 64
-            self.text_config = CONFIG_MAPPING["llama"](
-                vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0
+            self.text_config = AutoConfig.for_model(
+                "llama", vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0
             )
         elif isinstance(self.text_config, dict):
-            text_model_type = self.text_config.get("model_type", "llama")
-            self.text_config = CONFIG_MAPPING[text_model_type](**self.text_config)
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama", **self.text_config})
 
         if self.projector_config is None or isinstance(self.projector_config, dict):
             derived = {
@@ -398,7 +400,10 @@ class LlavaSPConfig(LlavaSPPreTrainedConfig):
         self.validate_towers()
 
     def validate_towers(self) -> None:
-        """Raise a `ValueError` where towers and projector disagree. Runs on creation and before saving."""
+        """
+        Raise a `ValueError` where towers and projector disagree. Runs on creation, and before saving, where it
+        arrives as the cause of a `StrictDataclassClassValidationError`.
+        """
         vision, text, projector = self.vision_config, self.text_config, self.projector_config
         if not isinstance(projector, LlavaSPProjectorConfig):
             raise ValueError(f"`projector_config` must be a LlavaSPProjectorConfig, got {type(projector).__name__}.")

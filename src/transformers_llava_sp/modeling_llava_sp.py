@@ -541,6 +541,9 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         self.model = LlavaSPModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+        if self.generation_config.suppress_tokens is None:
+            # An answer has no images. Checkpoints bring their own generation config
+            self.generation_config.suppress_tokens = [config.image_token_id]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -650,14 +653,16 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
             ValueError: If the prompt is longer than the language model's positions, or has image tokens but comes
                 without `pixel_values`.
         """
+        generation_config = kwargs.get("generation_config")
+        if generation_config is not None and generation_config.is_assistant:
+            # What an assistant of speculative decoding continues is not a prompt, and it is not shown the images
+            return super().generate(inputs, *args, **kwargs)
+
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         inputs_embeds = kwargs.get("inputs_embeds")
         prompt = input_ids if inputs_embeds is None else inputs_embeds
         max_length = self.config.text_config.max_position_embeddings
-        generation_config = kwargs.get("generation_config")
-        # What an assistant of speculative decoding continues is the prompt and part of the answer
-        is_assistant = generation_config is not None and generation_config.is_assistant
-        if prompt is not None and prompt.shape[1] > max_length and not is_assistant:
+        if prompt is not None and prompt.shape[1] > max_length:
             raise ValueError(
                 f"The prompt is {prompt.shape[1]} tokens long, but the language model has {max_length} positions "
                 "(max_position_embeddings). Shorten the text or pass fewer images: each takes "
@@ -668,8 +673,7 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
             # With a cache, either the whole sequence is passed or, beside a longer mask, only what is new
             only_new = attention_mask is not None and attention_mask.shape[1] > input_ids.shape[1]
             num_cached = 0 if past_key_values is None or only_new else past_key_values.get_seq_length()
-            new_ids = input_ids[:, num_cached:]
-            if self.model.get_placeholder_mask(new_ids).any():
+            if self.model.get_placeholder_mask(input_ids[:, num_cached:]).any():
                 raise ValueError(
                     "The prompt has image tokens, but `pixel_values` is missing: pass everything that the processor "
                     "returns to `generate`."
@@ -693,7 +697,14 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
             )
             tokens_per_image = self.config.projector_config.num_image_tokens
             self.model.check_placeholders(placeholder_mask, pixel_values.shape[0], tokens_per_image)
-            images_per_sample = placeholder_mask.sum(dim=1) // tokens_per_image
+            placeholders_per_sample = placeholder_mask.sum(dim=1)
+            if (placeholders_per_sample % tokens_per_image).any():
+                raise ValueError(
+                    "Image features and image tokens do not match: the samples have "
+                    f"{placeholders_per_sample.tolist()} image tokens, expected multiples of the {tokens_per_image} "
+                    "that each image takes."
+                )
+            images_per_sample = placeholders_per_sample // tokens_per_image
             pixel_values = torch.cat(
                 [images.repeat(expand_size, 1, 1, 1) for images in pixel_values.split(images_per_sample.tolist())]
             )
