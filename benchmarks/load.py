@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -46,10 +47,9 @@ TIME_LIMIT = 1.05
 
 SAMPLING_INTERVAL = 0.002  # seconds
 # Other processes take a part of the time of the measured one: a load during which they used more than this share of a
-# core is measured again, at most so many times
+# core is measured again, after a pause
 MAX_DISTURBANCE = 0.15
-MAX_TRIES = 20
-PAUSE = 5  # seconds, before it is measured again
+PAUSE = 5  # seconds
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -108,7 +108,7 @@ def read_into_page_cache(folder: Path) -> None:
                 pass
 
 
-def load(folder: str) -> None:
+def load(folder: str, dtype: str) -> None:
     """
     The measured process: import everything, say so, wait for a line, load, and print how long it took in seconds.
     """
@@ -119,17 +119,19 @@ def load(folder: str) -> None:
     sys.stdin.readline()
 
     start, cpu_start = time.perf_counter(), time.process_time()
-    model = AutoModelForImageTextToText.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
     loaded = time.perf_counter()
-    # Writing to every page makes the weights real, also where they are a lazy view of the file
+    # Weights of the stored dtype are views of the mapped file: writing to every page makes them memory. By one thread,
+    # since PyTorch would use more for large tensors only, and page faults of several threads wait for each other.
+    torch.set_num_threads(1)
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.view(-1)[:: PAGE_SIZE // tensor.element_size()].mul_(1)
-    touched, cpu_touched = time.perf_counter(), time.process_time()
+    written, cpu_written = time.perf_counter(), time.process_time()
 
     result = {
         "load_s": loaded - start,
-        "load_and_touch_s": touched - start,
-        "cpu_s": cpu_touched - cpu_start,
+        "load_and_write_s": written - start,
+        "cpu_s": cpu_written - cpu_start,
         "bytes": count_bytes(model),
     }
     print(json.dumps(result), flush=True)
@@ -150,10 +152,10 @@ def read_busy_seconds() -> float:
     return sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(folder: Path) -> dict[str, float]:
+def measure(folder: Path, dtype: str) -> dict[str, float]:
     """Load a checkpoint in a fresh process. Its memory is sampled from here, which costs the process no time."""
     process = subprocess.Popen(
-        [sys.executable, __file__, "--load", str(folder)],
+        [sys.executable, __file__, "--load", str(folder), "--dtype", dtype],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -198,17 +200,17 @@ def measure(folder: Path) -> dict[str, float]:
     result = json.loads(answer)
     result["peak_anonymous_bytes"] = peak["RssAnon"] - before["RssAnon"]
     result["peak_mapped_bytes"] = peak["RssFile"] - before["RssFile"]
-    result["disturbance"] = (busy - result["cpu_s"]) / result["load_and_touch_s"]
+    result["disturbance"] = (busy - result["cpu_s"]) / result["load_and_write_s"]
     return result
 
 
-def measure_undisturbed(folder: Path) -> dict[str, float]:
+def measure_undisturbed(folder: Path, dtype: str, max_tries: int) -> dict[str, float]:
     """[`measure`], again where other processes came between; the least disturbed of all tries if they always do."""
     tries = []
-    while not tries or (tries[-1]["disturbance"] > MAX_DISTURBANCE and len(tries) < MAX_TRIES):
+    while not tries or (tries[-1]["disturbance"] > MAX_DISTURBANCE and len(tries) < max_tries):
         if tries:
             time.sleep(PAUSE)
-        tries.append(measure(folder))
+        tries.append(measure(folder, dtype))
     return {**min(tries, key=lambda result: result["disturbance"]), "tries": len(tries)}
 
 
@@ -236,14 +238,13 @@ def summarise(runs: dict[str, list[dict[str, float]]]) -> dict[str, object]:
     summary: dict[str, object] = {}
     per_byte: dict[str, list[float]] = {}
     for name, results in runs.items():
-        per_byte[name] = [result["load_and_touch_s"] / result["bytes"] * 1e9 for result in results]
+        per_byte[name] = [result["load_and_write_s"] / result["bytes"] * 1e9 for result in results]
         summary[name] = {
             "bytes": results[0]["bytes"],
             "peak_anonymous_multiple": max(result["peak_anonymous_bytes"] / result["bytes"] for result in results),
             "peak_mapped_multiple": max(result["peak_mapped_bytes"] / result["bytes"] for result in results),
-            "seconds": statistics.median(result["load_and_touch_s"] for result in results),
-            "seconds_before_touching": statistics.median(result["load_s"] for result in results),
-            "cpu_seconds": statistics.median(result["cpu_s"] for result in results),
+            "seconds": statistics.median(result["load_and_write_s"] for result in results),
+            "seconds_before_writing": statistics.median(result["load_s"] for result in results),
             "seconds_per_gigabyte": statistics.median(per_byte[name]),
             "seconds_per_gigabyte_range": (min(per_byte[name]), max(per_byte[name])),
         }
@@ -257,7 +258,9 @@ def summarise(runs: dict[str, list[dict[str, float]]]) -> dict[str, object]:
 def print_table(summaries: dict[str, dict]) -> bool:
     """Print the figures; returns whether all limits are met."""
     met = True
-    print("\n| checkpoint | model | size | peak anonymous memory | mapped | seconds | of CPU | s/GB, median (range) |")
+    print(
+        "\n| checkpoint | model | size | peak anonymous memory | mapped | load | with writing | s/GB, median (range) |"
+    )
     print("|---|---|---:|---:|---:|---:|---:|---:|")
     for layout, summary in summaries.items():
         for name in MODELS:
@@ -265,8 +268,8 @@ def print_table(summaries: dict[str, dict]) -> bool:
             low, high = row["seconds_per_gigabyte_range"]
             print(
                 f"| {layout} | {name} | {row['bytes'] / 1e9:.3f} GB | {row['peak_anonymous_multiple']:.3f} x | "
-                f"{row['peak_mapped_multiple']:.3f} x | {row['seconds']:.2f} | {row['cpu_seconds']:.2f} | "
-                f"{row['seconds_per_gigabyte']:.3f} ({low:.3f} to {high:.3f}) |"
+                f"{row['peak_mapped_multiple']:.3f} x | {row['seconds_before_writing']:.2f} s | "
+                f"{row['seconds']:.2f} s | {row['seconds_per_gigabyte']:.3f} ({low:.3f} to {high:.3f}) |"
             )
     print()
     for layout, summary in summaries.items():
@@ -288,15 +291,19 @@ def main() -> None:
     )
     parser.add_argument("--text-layers", type=int, default=1, help="language model layers of LLaVA-SP")
     parser.add_argument("--repeats", type=int, default=5, help="measured loads of each checkpoint, after one warm-up")
+    parser.add_argument("--tries", type=int, default=20, help="how often a disturbed load is measured at most")
+    parser.add_argument("--dtype", default="auto", help="number format to load in; the files hold bfloat16")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the temporary folder is made")
     parser.add_argument("--output", type=Path, help="a JSON file to write the figures to")
     parser.add_argument("--load", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
-        load(arguments.load)
+        load(arguments.load, arguments.dtype)
         return
+    # Whoever ends this does not want to keep the checkpoints
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
-    machine = describe_machine()
+    machine = {**describe_machine(), "dtype": arguments.dtype}
     print("\n".join(f"{key}: {value}" for key, value in machine.items()))
     models = make_models(arguments.text_layers)
     sizes = {name: count_bytes(model) for name, model in models.items()}
@@ -318,9 +325,11 @@ def main() -> None:
                     for name in MODELS if repeat % 2 else reversed(MODELS):
                         progress.set_description(f"loading {name}, {layout}")
                         if repeat:
-                            runs[layout][name].append(measure_undisturbed(folders[name]))
+                            runs[layout][name].append(
+                                measure_undisturbed(folders[name], arguments.dtype, arguments.tries)
+                            )
                         else:
-                            measure(folders[name])  # to warm up
+                            measure(folders[name], arguments.dtype)  # to warm up
                         progress.update()
 
     summaries = {layout: summarise(results) for layout, results in runs.items()}
