@@ -192,6 +192,15 @@ def test_ask_refuses_to_make_up_weights(mini, tmp_path):
     assert_fails(invoke("ask", folder, "What?"), repr(str(folder)), lost)
 
 
+def test_ask_refuses_damaged_weights(mini, tmp_path):
+    folder = copy_of(mini.converted, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()  # it may be a link to the original
+    weights.write_bytes(content[:1000])
+    assert_fails(invoke("ask", folder, "What?"), str(folder), "damaged")
+
+
 def test_ask_refuses_weights_of_another_shape(mini, tmp_path):
     config = json.loads((mini.converted / "config.json").read_text())
     config["projector_config"]["spatial_hidden_size"] += 1

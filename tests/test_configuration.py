@@ -225,6 +225,10 @@ def test_contradictions_are_refused_before_saving(tmp_path):
     projector_config.grid_size = 20
     with pytest.raises(StrictDataclassClassValidationError, match=r"Scale 24 .* larger than `grid_size` 20"):
         projector_config.save_pretrained(tmp_path / "projector")
+    config = tiny_config("cropping-dfi")
+    config.projector_config.spatial_scales = [3]
+    with pytest.raises(StrictDataclassClassValidationError, match=r"Scale 3 .* cannot be centred on `grid_size` 12"):
+        config.save_pretrained(tmp_path / "nested")
 
 
 def comparable(config) -> dict:

@@ -743,6 +743,12 @@ def test_a_model_made_from_a_configuration_never_answers_with_the_image_token(mo
     assert_same_answer(greedy(fresh, inputs, prompt_lookup_num_tokens=4), greedy(fresh, inputs))
 
 
+def test_a_prefill_in_chunks_does_not_generate_with_images(model):
+    inputs = tiny_inputs(model, [[5, 6]], [1])
+    with pytest.raises(ValueError, match="`prefill_chunk_size` would cut through an image's tokens"):
+        greedy(model, inputs, prefill_chunk_size=64)
+
+
 @pytest.mark.parametrize("num_beams", [1, 2], ids=["greedy", "beams"])
 def test_image_tokens_without_images_do_not_generate(model, num_beams):
     inputs = tiny_inputs(model, [[5, 6]], [1])

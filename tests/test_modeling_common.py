@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import infer_auto_device_map
 from conftest import VARIANTS, tiny_config, tiny_inputs, tiny_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
@@ -535,3 +536,34 @@ def test_variants_are_four_different_models():
     for index, name in enumerate(names):
         for other in names[:index]:
             assert not torch.allclose(outputs[name], outputs[other], atol=0.1), (name, other)
+
+
+@pytest.mark.parametrize("layer", [0, 2, -1])
+def test_features_are_those_of_the_chosen_layer(variant, layer):
+    model = tiny_model(variant)
+    model.config.vision_feature_layer = layer
+    pixel_values = tiny_inputs(model, [[5]], [1])["pixel_values"]
+    with torch.no_grad():
+        hidden_states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+        expected = model.model.multi_modal_projector(hidden_states[layer][:, 1:]).last_hidden_state
+        for asked in ({}, {"output_hidden_states": False}, {"output_hidden_states": True}):
+            assert torch.equal(model.get_image_features(pixel_values, **asked).pooler_output, expected)
+
+
+def test_lora_adapts_every_layer_of_the_projector(variant):
+    """PEFT makes its own convolution of the class that it finds, so that has to keep Conv2d's arguments and shapes."""
+    model = tiny_model(variant)
+    inputs = tiny_inputs(model, [[5, 6]], [1])
+    with torch.no_grad():
+        before = model(**inputs).logits
+    config = LoraConfig(r=2, target_modules=r".*multi_modal_projector.*(convolutions\.\d+|detail_convolution|_proj)")
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(**inputs).logits, before, rtol=0, atol=0)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+        changed = adapted(**inputs).logits
+        merged = adapted.merge_and_unload()(**inputs).logits
+    assert (changed - before).abs().max() > 1e-3
+    torch.testing.assert_close(merged, changed, rtol=0, atol=1e-4)

@@ -752,6 +752,24 @@ def test_other_objects_are_refused(loaded, image):
         loaded(text="<image> <image>", images=[photo(), image])
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["array", "tensor"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((20, 30), "uint8"),
+        ((20, 30, 1), "uint8"),
+        ((20, 30, 4), "uint8"),
+        ((20, 30, 3), "bool"),
+        ((20, 30, 3), "float32"),
+    ],
+    ids=["grey", "one-channel", "four-channels", "bool", "float"],
+)
+def test_arrays_that_need_a_guess_are_refused(loaded, shape, dtype, kind):
+    image = kind(np.ones(shape, dtype=dtype))
+    with pytest.raises(ValueError, match=rf"Cannot use images\[0\]: an array of shape .*{dtype}.* three channels"):
+        loaded(text=PROMPT, images=[image])
+
+
 def test_prompt_longer_than_the_model(processor):
     processor.tokenizer.model_max_length = 600
     fits = "a " * 599

@@ -68,9 +68,11 @@ def one_line_errors() -> Iterator[None]:
     Turn the errors that a wrong argument or file causes into one line on stderr and exit status 1. Others keep their
     traceback: they are mistakes of the program.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, StrictDataclassError) as error:
         typer.echo(f"llava-sp: error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
 
@@ -173,9 +175,10 @@ def load_model(name: str, dtype: str, device: str | None, attention: str | None)
         [`LlavaSPForConditionalGeneration`]: The model.
 
     Raises:
-        ValueError: If weights are missing or of another shape, or `device` cannot be used.
+        ValueError: If weights are damaged, missing or of another shape, or `device` cannot be used.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -183,14 +186,17 @@ def load_model(name: str, dtype: str, device: str | None, attention: str | None)
         torch.empty(0, device=device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"The device {device!r} cannot be used: {error}") from error
-    model, loading = AutoModelForImageTextToText.from_pretrained(
-        name,
-        dtype=dtype,
-        attn_implementation=attention,
-        # Refused below, by name: on its own, Transformers would fill in what is missing at random
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    try:
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            name,
+            dtype=dtype,
+            attn_implementation=attention,
+            # Refused below, by name: on its own, Transformers would fill in what is missing at random
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {name!r} are damaged ({error}). Convert or download it again.") from error
     random_weights = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
     if random_weights:
         raise ValueError(

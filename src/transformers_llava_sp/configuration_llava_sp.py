@@ -346,6 +346,8 @@ class LlavaSPConfig(LlavaSPPreTrainedConfig):
     ```"""
 
     model_type = "llava_sp"
+    # What Trainer must not collect as predictions
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "image_hidden_states"]
     attribute_map: ClassVar[dict[str, str]] = {"image_token_id": "image_token_index"}
     sub_configs: ClassVar[dict[str, type]] = {
         "vision_config": AutoConfig,
@@ -407,6 +409,7 @@ class LlavaSPConfig(LlavaSPPreTrainedConfig):
         vision, text, projector = self.vision_config, self.text_config, self.projector_config
         if not isinstance(projector, LlavaSPProjectorConfig):
             raise ValueError(f"`projector_config` must be a LlavaSPProjectorConfig, got {type(projector).__name__}.")
+        projector.validate_geometry()
         grid_size = vision_grid_size(vision)
         if projector.grid_size != grid_size:
             raise ValueError(

@@ -130,18 +130,15 @@ class FullMapConv2d(nn.Conv2d):
     weight keeps its convolution shape `(out_channels, in_channels, size, size)`, as checkpoints store it.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, size: int):
-        super().__init__(in_channels, out_channels, kernel_size=size, bias=False)
-
-    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            feature_map (`torch.Tensor` of shape `(images, in_channels, size, size)`): The map, as large as the kernel.
+            input (`torch.Tensor` of shape `(images, in_channels, size, size)`): A map as large as the kernel.
 
         Returns:
-            `torch.Tensor` of shape `(images, out_channels)`.
+            `torch.Tensor` of shape `(images, out_channels, 1, 1)`.
         """
-        return F.linear(feature_map.flatten(1), self.weight.flatten(1))
+        return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
 
 
 class SpatialFeatureExtractor(nn.Module):
@@ -156,7 +153,8 @@ class SpatialFeatureExtractor(nn.Module):
         self.spatial_variant = config.spatial_variant
         self.spatial_scales: list[int] = config.spatial_scales  # type: ignore[assignment]  # filled in by the config
         self.convolutions = nn.ModuleList(
-            FullMapConv2d(config.vision_hidden_size, config.spatial_hidden_size, size) for size in self.spatial_scales
+            FullMapConv2d(config.vision_hidden_size, config.spatial_hidden_size, kernel_size=size, bias=False)
+            for size in self.spatial_scales
         )
 
     def get_feature_map(self, patch_grid: torch.Tensor, size: int) -> torch.Tensor:
@@ -182,7 +180,7 @@ class SpatialFeatureExtractor(nn.Module):
             `torch.Tensor` of shape `(images, scales, spatial_hidden_size)`.
         """
         features = [
-            convolution(self.get_feature_map(patch_grid, size))
+            convolution(self.get_feature_map(patch_grid, size)).flatten(1)
             for size, convolution in zip(self.spatial_scales, self.convolutions, strict=True)
         ]
         return torch.stack(features, dim=1)
@@ -387,7 +385,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    @select_hidden_states(lambda model: model.config.vision_feature_layer)
+    @select_hidden_states(lambda model: [model.config.vision_feature_layer])
     def get_image_features(
         self, pixel_values: torch.Tensor, output_attentions: bool = False, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | LlavaSPImageFeaturesOutput:
@@ -404,7 +402,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
             [`LlavaSPImageFeaturesOutput`], or a tuple with `return_dict=False`. Its `pooler_output` is one tensor of
             shape `(images, spatial_tokens + patch_tokens, text_hidden_size)`.
         """
-        kwargs.setdefault("output_hidden_states", True)
+        kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or True
         image_outputs = self.vision_tower(
             pixel_values, output_attentions=output_attentions, return_dict=True, **kwargs
         )
@@ -650,8 +648,8 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
             args, kwargs: The other arguments of [`~generation.GenerationMixin.generate`], and the model's inputs.
 
         Raises:
-            ValueError: If the prompt is longer than the language model's positions, or has image tokens but comes
-                without `pixel_values`.
+            ValueError: If the prompt is longer than the language model's positions, has image tokens but comes without
+                `pixel_values`, or has images and `prefill_chunk_size` would cut through them.
         """
         generation_config = kwargs.get("generation_config")
         if generation_config is not None and generation_config.is_assistant:
@@ -678,6 +676,11 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
                     "The prompt has image tokens, but `pixel_values` is missing: pass everything that the processor "
                     "returns to `generate`."
                 )
+        chunk_size = (
+            kwargs.get("prefill_chunk_size") or (generation_config or self.generation_config).prefill_chunk_size
+        )
+        if chunk_size is not None and kwargs.get("pixel_values") is not None:
+            raise ValueError("`prefill_chunk_size` would cut through an image's tokens: leave it out for images.")
         return super().generate(inputs, *args, **kwargs)
 
     def _expand_inputs_for_generation(

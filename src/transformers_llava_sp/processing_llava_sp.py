@@ -75,6 +75,15 @@ VICUNA_V1_CHAT_TEMPLATE = """\
 """  # noqa: E501
 
 
+def is_rgb_array(image: Any) -> bool:
+    """Whether an array or tensor holds one RGB image, or several, as uint8: no other needs a guess what it means."""
+    return (
+        image.ndim in (3, 4)
+        and 3 in (image.shape[-1], image.shape[-3])
+        and str(image.dtype).removeprefix("torch.") == "uint8"
+    )
+
+
 class LlavaSPProcessor(ProcessorMixin):
     """
     Turns text and images into the inputs of a LLaVA-SP model: an image processor of Transformers, a tokenizer, and
@@ -198,6 +207,11 @@ class LlavaSPProcessor(ProcessorMixin):
             image.info.pop("transparency", None)
         if 0 in (image.size if isinstance(image, PIL.Image.Image) else image.shape):
             raise ValueError(f"Cannot use {name}: it has no pixels.")
+        if not isinstance(image, PIL.Image.Image) and not is_rgb_array(image):
+            raise ValueError(
+                f"Cannot use {name}: an array of shape {tuple(image.shape)} and type {image.dtype}, expected levels "
+                "from 0 to 255 as uint8 with three channels, first or last. For others, PIL.Image.fromarray(array)."
+            )
         return image
 
     def prepare_inputs_layout(
