@@ -43,9 +43,9 @@ types: $(DEV)
 test-fast: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-# One after the other: these measure time and memory
+# One after the other: these measure time and memory. Compiled code is kept beside the PyTorch that it is compiled for.
 test-slow: $(DEV)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor $(BIN)/python -m pytest -m "slow and not gpu"
 
 test-gpu: $(DEV)
 	$(BIN)/python -m pytest -m gpu
