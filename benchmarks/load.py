@@ -178,7 +178,9 @@ def measure(folder: Path, dtype: str) -> dict[str, float]:
         if process.stdout.readline() != "ready\n":
             process.wait()
             drain.join()
-            raise RuntimeError(f"The process that loads {folder} did not start:\n{''.join(errors)}")
+            raise RuntimeError(
+                f"The process that loads {folder} did not start (status {process.returncode}):\n{''.join(errors)}"
+            )
         before = read_memory(process.pid)
         sampler = threading.Thread(target=sample)
         sampler.start()
@@ -192,7 +194,9 @@ def measure(folder: Path, dtype: str) -> dict[str, float]:
         if not answer:
             process.wait()
             drain.join()
-            raise RuntimeError(f"The process that loads {folder} failed:\n{''.join(errors)}")
+            raise RuntimeError(
+                f"The process that loads {folder} failed (status {process.returncode}):\n{''.join(errors)}"
+            )
     finally:
         done.set()
         process.stdin.close()
