@@ -251,8 +251,9 @@ def test_ask_refuses_an_unknown_attention(mini):
         pytest.param(["ask", "model", "What?", "--dtype", "float8"], "float8", id="unknown-dtype"),
         pytest.param(["ask", "model", "What?", "--max-new-tokens", "0"], "max-new-tokens", id="no-tokens"),
         pytest.param(["ask", "model", "What?", "--temperature", "-1"], "temperature", id="negative-temperature"),
-        pytest.param(["convert", "checkpoint", "output"], "base-model", id="no-base-model"),
-        pytest.param(["convert", "a", "b", "--base-model", "c"], "vision-tower", id="no-vision-tower"),
+        pytest.param(["convert", "checkpoint"], "OUTPUT", id="no-output"),
+        pytest.param(["merge", "adapter"], "OUTPUT", id="no-output-of-merge"),
+        pytest.param(["inspect"], "CHECKPOINT", id="nothing-to-inspect"),
         pytest.param(["translate"], "translate", id="unknown-command"),
     ],
 )

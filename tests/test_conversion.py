@@ -27,9 +27,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from typer.testing import CliRunner
 
 from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration
-from transformers_llava_sp.conversion import ConversionError, checkpoint, convert_checkpoint
+from transformers_llava_sp.cli import app
+from transformers_llava_sp.conversion import ConversionError, checkpoint, convert_checkpoint, inspect_checkpoint
 from transformers_llava_sp.conversion.original import PROJECTOR_KEYS
 
 
@@ -669,7 +671,11 @@ def test_file_formats_make_no_difference(inputs, change):
     shutil.rmtree(inputs.output)
     change(inputs)
     inputs.convert()
-    assert {path.name: path.read_bytes() for path in inputs.output.iterdir()} == reference
+    found = {path.name: path.read_bytes() for path in inputs.output.iterdir()}
+    # The card has the digests of the files
+    card, other_card = found.pop("README.md"), reference.pop("README.md")
+    assert found == reference
+    assert card != other_card
 
 
 def test_two_runs_write_the_same_bytes(inputs):
@@ -709,25 +715,334 @@ def test_report_says_what_was_found(inputs):
 
 
 def test_parts_can_be_hub_ids(inputs, monkeypatch):
-    folders = {"authors/release": inputs.release, "authors/base": inputs.base, "authors/tower": inputs.tower}
+    snapshots = {}
+    for name, folder in (("release", inputs.release), ("base", inputs.base), ("tower", inputs.tower)):
+        # The cache calls a snapshot's folder by its commit
+        snapshots[f"authors/{name}"] = folder.rename(inputs.folder / f"commit-of-{name}")
     requests = []
 
-    def snapshot_download(repo_id, allow_patterns, ignore_patterns):
-        requests.append((repo_id, allow_patterns[-1]))
-        assert {"*.json", "*.model", "non_lora_trainables.bin"} <= set(allow_patterns)
-        return str(folders[repo_id])
+    def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns):
+        requests.append((repo_id, revision, allow_patterns[-1]))
+        assert {"*.json", "*.model", "README.md", "non_lora_trainables.bin"} <= set(allow_patterns)
+        return str(snapshots[repo_id])
 
     monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
     monkeypatch.chdir(inputs.folder)
-    convert_checkpoint("authors/release", "converted", base_model="authors/base", vision_tower="authors/tower")
+    convert_checkpoint("authors/release@v1", "converted", base_model="authors/base", vision_tower="authors/tower")
     assert LlavaSPConfig.from_pretrained(inputs.output).projector_config.spatial_variant == "cropping"
     # Weights are fetched in one format only
     assert requests == [
-        ("authors/release", "*.safetensors"),
-        ("authors/base", "*.safetensors"),
-        ("authors/base", "*.bin"),
-        ("authors/tower", "*.safetensors"),
+        ("authors/release", "v1", "*.safetensors"),
+        ("authors/base", None, "*.safetensors"),
+        ("authors/base", None, "*.bin"),
+        ("authors/tower", None, "*.safetensors"),
     ]
+    card = (inputs.output / "README.md").read_text()
+    assert "[authors/release](https://huggingface.co/authors/release) at revision `commit-of-release`" in card
+    assert (
+        "llava-sp convert authors/release@commit-of-release --base-model authors/base@commit-of-base "
+        "--vision-tower authors/tower@commit-of-tower"
+    ) in card
+
+
+# Layouts
+
+
+def projector_under(inputs, prefix):
+    return {prefix + key.removeprefix(PREFIX): tensor for key, tensor in inputs.projector().items()}
+
+
+def make_full(inputs, tower=True, file="model.safetensors"):
+    """The checkpoint as the authors' code saves it when the adapter is merged. Returns its tensors."""
+    config = json.loads((inputs.release / "adapter_config.json").read_text())
+    adapter = inputs.adapter()
+    weights = {key: tensor for key, tensor in inputs.base_weights().items() if not key.endswith("inv_freq")}
+    for key in adapter:
+        if key.endswith("lora_A.weight"):
+            target = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+            product = adapter[key.replace("lora_A", "lora_B")] @ adapter[key]
+            weights[target] = weights[target] + product * config["lora_alpha"] / config["r"]
+    weights.update(projector_under(inputs, "model."))
+    if tower:
+        prefix = "model.vision_tower.vision_tower."
+        weights.update(
+            {prefix + key: tensor for key, tensor in inputs.tower_weights().items() if key.startswith("vision_model.")}
+        )
+    for name in ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin"):
+        (inputs.release / name).unlink()
+    shutil.copyfile(inputs.base / "generation_config.json", inputs.release / "generation_config.json")
+    if file == "model.safetensors":
+        save_file(weights, inputs.release / file)
+    elif file == "pytorch_model.bin":
+        torch.save(weights, inputs.release / file)
+    else:
+        names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+        weight_map = {key: names[index % 2] for index, key in enumerate(weights)}
+        for name in names:
+            save_file({key: weights[key] for key in weights if weight_map[key] == name}, inputs.release / name)
+        write_json(inputs.release / file, weight_map=weight_map)
+    return weights
+
+
+def make_pretraining(inputs, file="mm_projector.bin"):
+    """The checkpoint as pre-training leaves it: the projector and a configuration, no tokenizer."""
+    torch.save(projector_under(inputs, "model."), inputs.release / file)
+    for path in inputs.release.iterdir():
+        if path.name not in (file, "config.json"):
+            path.unlink()
+    write_json(inputs.release / "config.json", image_aspect_ratio="square", _name_or_path=str(inputs.base))
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"], ids=["whole", "bin", "shards"]
+)
+@pytest.mark.parametrize("name", MINI_GOLDEN)
+def test_full_checkpoint_is_the_release_merged(make_inputs, name, file):
+    inputs = make_inputs(name)
+    inputs.convert()
+    expected = converted_tensors(inputs)
+    reference = {path.name: path.read_bytes() for path in inputs.output.glob("*.json")}
+    shutil.rmtree(inputs.output)
+    make_full(inputs, file=file)
+
+    report = inputs.convert(base_model=None)
+
+    assert report.layout.name == "SP_FULL"
+    found = converted_tensors(inputs)
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], atol=1e-6, rtol=0, msg=key)
+    assert {path.name: path.read_bytes() for path in inputs.output.glob("*.json")} == reference
+
+
+def test_tower_inside_a_full_checkpoint_is_used_unless_another_is_given(inputs):
+    weights = make_full(inputs)
+    inside = weights["model.vision_tower.vision_tower.vision_model.post_layernorm.bias"].clone()
+    given = inputs.tower_weights()
+    given["vision_model.post_layernorm.bias"] += 1.0
+    inputs.write_tower(given)
+    key = "model.vision_tower.post_layernorm.bias"
+
+    inputs.convert(base_model=None)
+    assert torch.equal(converted_tensors(inputs)[key], inside + 1.0)
+    shutil.rmtree(inputs.output)
+
+    # Named by the configuration: its configuration and preprocessing, not its weights
+    (inputs.tower / "model.safetensors").unlink()
+    write_json(inputs.release / "config.json", mm_vision_tower=str(inputs.tower))
+    report = inputs.convert(base_model=None, vision_tower=None)
+    assert torch.equal(converted_tensors(inputs)[key], inside)
+    assert "vision tower's weights are those in the checkpoint" in str(report)
+
+
+def test_full_checkpoint_without_the_tower_takes_the_named_one(inputs):
+    make_full(inputs, tower=False)
+    write_json(inputs.release / "config.json", mm_vision_tower=str(inputs.tower))
+    inputs.convert(base_model=None, vision_tower=None)
+    expected = inputs.tower_weights()["vision_model.post_layernorm.bias"]
+    assert torch.equal(converted_tensors(inputs)["model.vision_tower.post_layernorm.bias"], expected)
+
+
+def test_full_checkpoint_takes_a_missing_tokenizer_from_the_base_model(inputs):
+    make_full(inputs)
+    no_tokenizer(inputs.release)
+    with pytest.raises(ConversionError, match=r"There is no tokenizer in .*release"):
+        inputs.convert(base_model=None)
+    inputs.convert()
+    assert AutoProcessor.from_pretrained(inputs.output).tokenizer.convert_tokens_to_ids("<image>") == 1000
+
+
+@pytest.mark.parametrize("file", ["model.bin", "mm_projector.bin"])
+@pytest.mark.parametrize("name", MINI_GOLDEN)
+def test_pretraining_output_is_the_base_model_with_the_projector(make_inputs, name, file):
+    inputs = make_inputs(name)
+    projector = {STORED[name][key.removeprefix(PREFIX)]: tensor for key, tensor in inputs.projector().items()}
+    make_pretraining(inputs, file)
+
+    # The base model is the one that it names
+    report = inputs.convert(base_model=None)
+
+    assert report.layout.name == "SP_PRETRAINING"
+    found = converted_tensors(inputs)
+    for key, tensor in projector.items():
+        assert torch.equal(found[key], tensor), key
+    for key, tensor in inputs.base_weights().items():
+        if not key.endswith("inv_freq"):
+            ours = found[key if key == "lm_head.weight" else key.replace("model.", "model.language_model.", 1)]
+            assert torch.equal(ours[: len(tensor)], tensor), key
+    assert "the prompt `<image>`" in " ".join((inputs.output / "README.md").read_text().split())
+    assert not getattr(AutoProcessor.from_pretrained(inputs.output).image_processor, "do_pad", False)
+
+
+@pytest.mark.parametrize("layout", ["lora", "full", "pretraining"])
+@pytest.mark.parametrize(
+    "named, message",
+    [
+        ("/home/somebody/clip", r"vision tower /home/somebody/clip does not exist on this machine.*--vision-tower"),
+        (None, "names no vision tower .*--vision-tower"),
+    ],
+    ids=["path-of-another-machine", "none"],
+)
+def test_tower_that_cannot_be_found_is_asked_for(inputs, layout, named, message):
+    {"lora": lambda inputs: None, "full": make_full, "pretraining": make_pretraining}[layout](inputs)
+    write_json(inputs.release / "config.json", mm_vision_tower=named or ...)
+    with pytest.raises(ConversionError, match=message):
+        inputs.convert(vision_tower=None)
+    assert not inputs.output.exists()
+
+
+def test_base_model_that_cannot_be_found_is_asked_for(inputs):
+    write_json(inputs.release / "adapter_config.json", base_model_name_or_path="/home/somebody/vicuna")
+    with pytest.raises(ConversionError, match=r"base model /home/somebody/vicuna does not exist .*--base-model"):
+        inputs.convert(base_model=None)
+    write_json(inputs.release / "adapter_config.json", base_model_name_or_path=...)
+    write_json(inputs.release / "config.json", _name_or_path=...)
+    with pytest.raises(ConversionError, match=r"does not say which base model .*--base-model"):
+        inputs.convert(base_model=None)
+
+
+FULL_REFUSALS = {
+    "layer-missing": (
+        lambda inputs, weights: weights.pop("model.layers.1.mlp.up_proj.weight"),
+        "release do not fit its config.json: missing 'model.language_model.layers.1.mlp.up_proj.weight'",
+    ),
+    "kernel-missing": (lambda inputs, weights: weights.pop("model.conv_12.weight"), "missing 'model.conv_12.weight'"),
+    "unknown-tensor": (
+        lambda inputs, weights: weights.update({"model.extra.weight": torch.zeros(2)}),
+        "unexpected 'model.extra.weight'",
+    ),
+    "tower-tensor-missing": (
+        lambda inputs, weights: weights.pop("model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias"),
+        "missing 'model.vision_tower.pre_layrnorm.bias'",
+    ),
+    "other-model-type": (
+        lambda inputs, weights: write_json(inputs.release / "config.json", model_type="llava_nobody"),
+        "config.json: model_type is 'nobody', expected 'llava_llama'",
+    ),
+    "nan": (
+        lambda inputs, weights: weights["model.norm.weight"][:1].fill_(float("nan")),
+        "'model.norm.weight' has values that are NaN",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FULL_REFUSALS)
+def test_full_checkpoint_refused_with_the_reason(inputs, name):
+    change, message = FULL_REFUSALS[name]
+    weights = make_full(inputs)
+    write_json(inputs.release / "config.json", mm_vision_tower=str(inputs.tower))
+    change(inputs, weights)
+    save_file(weights, inputs.release / "model.safetensors")
+    before = {path.name for path in inputs.folder.iterdir()}
+    with pytest.raises(ConversionError, match=message):
+        inputs.convert(base_model=None, vision_tower=None)
+    assert {path.name for path in inputs.folder.iterdir()} == before
+
+
+# Inspection
+
+
+def test_inspection_of_a_release(inputs, monkeypatch):
+    inspection = inspect_checkpoint(inputs.release)
+    assert inspection.to_dict() == {
+        "checkpoint": "release",
+        "layout": "sp_lora",
+        "description": "a LLaVA-SP LoRA release",
+        "variant": "cropping",
+        "spatial_scales": SIX,
+        "spatial_hidden_size": SPATIAL,
+        "grid_size": GRID,
+        "vision_hidden_size": VISION,
+        "text_hidden_size": TEXT,
+        "detail_integrator": True,
+        "detail_kernel_size": 16,
+        "num_detail_tokens": 25,
+        "spatial_projection_bias": True,
+        "num_patch_layers": 2,
+        "image_tokens": 582,
+        "images": "padded to squares",
+        "vision_tower": "openai/clip-vit-large-patch14-336",
+        "base_model": "lmsys/vicuna-7b-v1.5",
+        "lora_rank": 8,
+        "lora_alpha": 16,
+        "lora_targets": dict.fromkeys(
+            ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 2
+        ),
+        "parameters": {
+            "projector": sum(tensor.numel() for tensor in inputs.projector().values()),
+            "LoRA": sum(tensor.numel() for tensor in inputs.adapter().values()),
+        },
+        "needs": [
+            "the base model 'lmsys/vicuna-7b-v1.5', or another one passed with --base-model",
+            "the vision tower 'openai/clip-vit-large-patch14-336', or another one passed with --vision-tower",
+        ],
+        "problems": [],
+    }
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_inspection_agrees_with_conversion(inputs, name):
+    inputs.write_projector(random_tensors(CHECKPOINTS[name]))
+    write_json(inputs.release / "config.json", mm_projector_type=PROJECTOR_TYPES.get(name, "mlp2x_gelu"))
+    inspection = inspect_checkpoint(inputs.release)
+    if inspection.grid_size != GRID:
+        shrink_tower(inputs, inspection.grid_size)
+    config = inputs.convert().config.projector_config
+    assert not inspection.problems
+    assert (inspection.variant, inspection.spatial_scales) == (config.spatial_variant, config.spatial_scales)
+    assert inspection.detail_kernel_size == config.detail_kernel_size
+    assert inspection.image_tokens == config.num_image_tokens
+
+
+def test_inspection_of_the_other_layouts(make_inputs, inputs, tmp_path):
+    inputs.convert()
+    converted = inspect_checkpoint(inputs.output)
+    assert (converted.layout, converted.variant) == ("converted", "cropping")
+    assert converted.problems == ["It is converted already: load it as it is."]
+    assert sum(converted.parameters.values()) == sum(tensor.numel() for tensor in converted_tensors(inputs).values())
+
+    base = inspect_checkpoint(inputs.base)
+    assert base.problems == ["It is a text-only language model, not a LLaVA-SP checkpoint."]
+    make_full(inputs)
+    full = inspect_checkpoint(inputs.release)
+    assert (full.layout, full.variant, full.problems) == ("sp_full", "cropping", [])
+    assert set(full.parameters) == {"projector", "language model", "vision tower"}
+    assert full.needs[0].startswith("the vision tower's configuration")
+
+
+def test_inspection_names_problems_and_goes_on(inputs):
+    without("projector", *INCOMPLETE)(inputs)
+    write_json(inputs.release / "adapter_config.json", base_model_name_or_path="/home/somebody/vicuna")
+    write_json(inputs.release / "config.json", mm_vision_tower="/home/somebody/clip")
+    inspection = inspect_checkpoint(inputs.release)
+    assert len(inspection.problems) == 1
+    assert all(repr(key) in inspection.problems[0] for key in INCOMPLETE)
+    assert inspection.lora_rank == 8
+    assert (
+        "'/home/somebody/vicuna', a path that does not exist on this machine: pass --base-model"
+        in (inspection.needs[0])
+    )
+    assert "pass --vision-tower" in inspection.needs[1]
+
+
+def test_inspect_command(inputs):
+    result = CliRunner().invoke(app, ["inspect", str(inputs.release)])
+    assert result.exit_code == 0, result.output
+    rows = dict(line.split("  ", 1) for line in result.stdout.splitlines() if not line.startswith("needs"))
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    assert rows["is"] == "a LLaVA-SP LoRA release"
+    assert rows["scales"] == "4, 8, 12, 16, 20, 24"
+    assert rows["details (DFI)"] == "25 features, kernel 16x16"
+    assert rows["LoRA"].startswith("rank 8, alpha 16, on ")
+    assert rows["problems"] == "none seen"
+
+    result = CliRunner().invoke(app, ["inspect", str(inputs.base), "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["layout"] == "language_model"
+
+    result = CliRunner().invoke(app, ["inspect", str(inputs.folder / "nowhere")])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "does not exist on this machine" in result.stderr
 
 
 # Refusals
@@ -889,24 +1204,6 @@ CLIP_BIAS = "vision_model.encoder.layers.0.mlp.fc1.bias"
 
 REFUSALS = {
     # What the folders are
-    "full-llava-sp": (
-        replaced(
-            "release", {}, ["model.layers.0.mlp.up_proj.weight", "model.conv_4.weight", "model.mm_projector.0.bias"]
-        ),
-        "checkpoint .*release is a full LLaVA-SP checkpoint.*expected a LLaVA-SP LoRA release",
-    ),
-    "full-llava-sp-sharded-bin": (
-        replaced("release", {}, ["model.layers.0.mlp.up_proj.weight", "model.conv_4.1.weight"], "pytorch_model.bin"),
-        "is a full LLaVA-SP checkpoint",
-    ),
-    "pre-training": (
-        replaced("release", {}, ["model.conv_4.weight", "model.mm_projector.0.bias"], "mm_projector.bin"),
-        "is the output of LLaVA-SP pre-training",
-    ),
-    "pre-training-model-bin": (
-        replaced("release", {}, ["model.conv_4.weight", "model.mm_projector.0.bias"], "model.bin"),
-        "is the output of LLaVA-SP pre-training",
-    ),
     "plain-llava": (
         replaced("release", {}, ["model.layers.0.mlp.up_proj.weight", "model.mm_projector.0.bias"]),
         "is a plain LLaVA-1.5 checkpoint, which has no spatial tokens",
@@ -933,7 +1230,7 @@ REFUSALS = {
     ),
     "language-model-as-checkpoint": (
         lambda inputs: setattr(inputs, "release", inputs.base),
-        "checkpoint .* is a text-only language model, expected a LLaVA-SP LoRA release",
+        "checkpoint .* is a text-only language model, expected a checkpoint of the LLaVA-SP authors",
     ),
     "clip-as-checkpoint": (
         lambda inputs: setattr(inputs, "release", inputs.tower),
@@ -951,7 +1248,7 @@ REFUSALS = {
     "other-model": (replaced("release", {}, ["bert.encoder.weight"]), "is a checkpoint of some other model"),
     "no-checkpoint": (
         lambda inputs: setattr(inputs, "release", inputs.folder / "nowhere"),
-        "checkpoint .*nowhere does not exist: expected a local folder or a Hub id",
+        "checkpoint .*nowhere does not exist on this machine, and is no Hub id",
     ),
     "checkpoint-is-a-file": (
         lambda inputs: setattr(inputs, "release", inputs.projector_file),
@@ -1105,7 +1402,7 @@ REFUSALS = {
             edit_release(vocab_size=500),
             edit_tensors("base", half_the_vocabulary),
         ),
-        "tokenizer in .*release has 1000 tokens, but the base model .* has embeddings for 500",
+        "tokenizer in .*release has 1000 tokens, but the language model has embeddings for 500",
     ),
     "base-rope": (edit("base", "config.json", rope_theta=5e5), "rope_parameters is .*10000.0.*but .*500000.0"),
     "base-type": (
@@ -1271,7 +1568,7 @@ REFUSALS = {
     # The tokenizer
     "no-tokenizer": (
         both(removed("release", "tokenizer.model"), removed("base", "tokenizer.model")),
-        "Neither .*release nor .*base has a tokenizer",
+        "There is no tokenizer in .*release or .*base: expected tokenizer.model",
     ),
     "broken-tokenizer": (content("release", "tokenizer.model", b"junk"), "tokenizer in .*release cannot be loaded"),
     "pickle-that-runs-code": (
@@ -1286,8 +1583,11 @@ def test_refused_with_the_reason_and_nothing_written(inputs, name):
     change, message = REFUSALS[name]
     change(inputs)
     before = {path.name for path in inputs.folder.iterdir()}
-    with pytest.raises(ConversionError, match=f"(?s){message}"):
-        inputs.convert()
+    arguments = ["convert", inputs.release, inputs.output, "--base-model", inputs.base, "--vision-tower", inputs.tower]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert re.fullmatch(f"llava-sp: error: .*{message}.*", result.stderr.splitlines()[-1])
     # Neither the output nor a temporary folder, nor what a pickle would have made
     assert {path.name for path in inputs.folder.iterdir()} == before - {"converted"}
 
@@ -1337,7 +1637,7 @@ def test_failure_while_writing_leaves_nothing(inputs, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("transformers_llava_sp.processing_llava_sp.LlavaSPProcessor.save_pretrained", save_pretrained)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ConversionError, match=r"Writing .*converted failed: No space left on device"):
         inputs.convert()
     assert {path.name for path in inputs.folder.iterdir()} == {"release", "base", "vision"}
 
@@ -1348,7 +1648,7 @@ def test_failed_download_says_why(inputs, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
     with pytest.raises(
-        ConversionError, match=r"base model some/where is neither a local folder nor .*cannot be reached"
+        ConversionError, match=r"base model some/where is neither a folder on this machine nor .*cannot be reached"
     ):
         inputs.convert(base_model="some/where")
     assert not inputs.output.exists()

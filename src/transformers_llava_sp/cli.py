@@ -13,6 +13,7 @@
 # limitations under the License.
 """The `llava-sp` command: one sub-command for each thing to do, the work itself elsewhere in the package."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -77,22 +78,107 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
+class Options:
+    """Options that several sub-commands have."""
+
+    Dtype = Annotated[Dtype, typer.Option(help="Number format of the weights written.")]
+    MaxShardSize = Annotated[str, typer.Option(help="Size of the largest file of weights.")]
+    Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the result of an earlier conversion.")]
+    Verify = Annotated[bool, typer.Option(help="Read the result again and compare it with the inputs.")]
+    PushToHub = Annotated[
+        str | None, typer.Option(metavar="REPO", help="Push the result to this repository on the Hub, in one commit.")
+    ]
+    Private = Annotated[bool, typer.Option("--private", help="Make that repository private, if it is created.")]
+    Revision = Annotated[str | None, typer.Option(metavar="BRANCH", help="The branch to push to.")]
+
+
 @app.command()
 def convert(
-    checkpoint: Annotated[str, typer.Argument(help="The authors' checkpoint: a folder or a Hub id.")],
+    checkpoint: Annotated[str, typer.Argument(help="The authors' checkpoint: a folder or a Hub id[@revision].")],
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
-    base_model: Annotated[str, typer.Option(help="The language model it was trained from: a folder or a Hub id.")],
-    vision_tower: Annotated[str, typer.Option(help="The vision tower: a folder or a Hub id.")],
-    dtype: Annotated[Dtype, typer.Option(help="Number format of the weights written.")] = Dtype.auto,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="The language model it was trained from, likewise. The one that it names if not given."),
+    ] = None,
+    vision_tower: Annotated[
+        str | None, typer.Option(help="The vision tower, likewise. The one that it names if not given.")
+    ] = None,
+    dtype: Options.Dtype = Dtype.auto,
+    max_shard_size: Options.MaxShardSize = "5GB",
+    overwrite: Options.Overwrite = False,
+    verify: Options.Verify = True,
+    push_to_hub: Options.PushToHub = None,
+    private: Options.Private = False,
+    revision: Options.Revision = None,
 ) -> None:
     """Convert a checkpoint of the LLaVA-SP authors into a folder that Transformers loads."""
     with one_line_errors():
         from .conversion import convert_checkpoint
 
         report = convert_checkpoint(
-            checkpoint, output, base_model=base_model, vision_tower=vision_tower, dtype=dtype.value
+            checkpoint,
+            output,
+            base_model=base_model,
+            vision_tower=vision_tower,
+            dtype=dtype.value,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            verify=verify,
+            push_to_hub=push_to_hub,
+            private=private or None,
+            revision=revision,
         )
     typer.echo(report)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a Hub id[@revision].")],
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="The converted model it was trained on, likewise. The one that it names if not given."),
+    ] = None,
+    dtype: Options.Dtype = Dtype.auto,
+    max_shard_size: Options.MaxShardSize = "5GB",
+    overwrite: Options.Overwrite = False,
+    verify: Options.Verify = True,
+    push_to_hub: Options.PushToHub = None,
+    private: Options.Private = False,
+    revision: Options.Revision = None,
+) -> None:
+    """Merge a LoRA adapter into the converted LLaVA-SP model that it was trained on."""
+    with one_line_errors():
+        from .conversion import merge_adapter
+
+        report = merge_adapter(
+            adapter,
+            output,
+            base_model=base_model,
+            dtype=dtype.value,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            verify=verify,
+            push_to_hub=push_to_hub,
+            private=private or None,
+            revision=revision,
+        )
+    typer.echo(report)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint: a folder or a Hub id[@revision].")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say what a checkpoint is, without loading its weights. The exit status is 1 if it cannot be converted."""
+    with one_line_errors():
+        from .conversion import inspect_checkpoint
+
+        inspection = inspect_checkpoint(checkpoint)
+    typer.echo(json.dumps(inspection.to_dict(), indent=2) if as_json else inspection)
+    if inspection.problems:
+        raise typer.Exit(1)
 
 
 @app.command()

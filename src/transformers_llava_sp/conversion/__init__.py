@@ -15,6 +15,15 @@
 
 from .checkpoint import ConversionError
 from .convert import ConversionReport, convert_checkpoint
+from .inspection import Inspection, inspect_checkpoint
+from .merge import merge_adapter
 
 
-__all__ = ["ConversionError", "ConversionReport", "convert_checkpoint"]
+__all__ = [
+    "ConversionError",
+    "ConversionReport",
+    "Inspection",
+    "convert_checkpoint",
+    "inspect_checkpoint",
+    "merge_adapter",
+]

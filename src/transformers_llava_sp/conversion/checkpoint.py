@@ -16,7 +16,8 @@
 import json
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 
-# Everything but the weights, which a repository may hold in two formats. The projector of a LoRA release has one only.
-HUB_FILES = ["*.json", "*.model", "*.jinja", "non_lora_trainables.bin", "mm_projector.bin", "model.bin"]
+# Everything but the weights, which a repository may hold in two formats. The authors' projector has one only.
+SMALL_FILES = ["*.json", "*.model", "*.jinja"]
+# The licence stands in it
+CARD = "README.md"
+PROJECTOR_FILES = ["non_lora_trainables.bin", "mm_projector.bin", "model.bin"]
 # Intermediate checkpoints and other formats lie in subfolders
 HUB_IGNORED_FILES = ["*/*"]
 
@@ -37,41 +41,92 @@ class ConversionError(ValueError):
     """A checkpoint, a base model or a vision tower that cannot be converted; the message says why and what to do."""
 
 
-def resolve_folder(source: str | Path, what: str) -> Path:
+@dataclass(frozen=True)
+class SourceFolder:
     """
-    The local folder of a checkpoint, downloaded first if it is named by its Hub id.
+    One of the folders that a conversion reads.
 
     Args:
-        source (`str` or `Path`): A local folder or a Hub id.
-        what (`str`): What the folder holds, for error messages.
+        role (`str`): What it holds, for messages and the model card.
+        name (`str`): Its Hub id, or the name of a local folder without the path to it.
+        folder (`Path`): Where it is on this machine.
+        revision (`str`, *optional*): The commit's hash, of a Hub repository.
+    """
+
+    role: str
+    name: str
+    folder: Path
+    revision: str | None = None
+
+    @property
+    def published_role(self) -> str:
+        """What the model card calls it."""
+        return {"checkpoint": "LLaVA-SP checkpoint", "base model": "language model"}.get(self.role, self.role)
+
+    def __str__(self) -> str:
+        """As it is passed on the command line, without what is particular to this machine."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+    def files(self, weights: Mapping[str, Path] | None = None) -> list[Path]:
+        """
+        The files of the folder that a conversion reads: the small ones, and of the weights those it has opened.
+
+        Args:
+            weights (`Mapping[str, Path]`, *optional*): The file of each tensor.
+        """
+        small = [path for pattern in SMALL_FILES for path in self.folder.glob(pattern) if path.is_file()]
+        return sorted({*small, *(path for path in (weights or {}).values() if path.parent == self.folder)})
+
+
+def resolve_source(source: str | Path, role: str, *, weights: bool = True, advice: str = "") -> SourceFolder:
+    """
+    The folder of a checkpoint, downloaded first if it is named by its Hub id.
+
+    Args:
+        source (`str` or `Path`): A local folder or a Hub id, which `@` and a branch, tag or commit may follow.
+        role (`str`): What the folder holds, for error messages.
+        weights (`bool`, *optional*, defaults to `True`): Whether the weights are needed as well.
+        advice (`str`, *optional*): A sentence for error messages.
 
     Returns:
-        `Path`: The folder.
+        [`SourceFolder`]: The folder.
 
     Raises:
         ConversionError: If there is no such folder, or the download fails.
     """
-    folder = Path(source)
+    advice = advice and f" {advice}"
+    folder = Path(source).expanduser()
     if folder.is_dir():
-        return folder
+        return SourceFolder(role, folder.resolve().name, folder)
     if folder.exists():
-        raise ConversionError(f"The {what} {source} is a file: pass the folder that holds it.")
+        raise ConversionError(f"The {role} {source} is a file: pass the folder that holds it.")
+    repo_id, _, revision = str(source).partition("@")
     try:
-        validate_repo_id(str(source))
+        validate_repo_id(repo_id)
     except HFValidationError:
-        raise ConversionError(f"The {what} {source} does not exist: expected a local folder or a Hub id.") from None
+        raise ConversionError(
+            f"The {role} {source} does not exist on this machine, and is no Hub id either.{advice}"
+        ) from None
+    patterns = [[*SMALL_FILES, CARD]]
+    if weights:
+        # In one format only
+        patterns = [[*SMALL_FILES, CARD, *PROJECTOR_FILES, kind] for kind in ("*.safetensors", "*.bin")]
     try:
-        for weights in ("*.safetensors", "*.bin"):
+        for allowed in patterns:
             folder = Path(
-                snapshot_download(str(source), allow_patterns=[*HUB_FILES, weights], ignore_patterns=HUB_IGNORED_FILES)
+                snapshot_download(
+                    repo_id, revision=revision or None, allow_patterns=allowed, ignore_patterns=HUB_IGNORED_FILES
+                )
             )
-            if any(folder.glob(weights)):
+            if any(folder.glob(allowed[-1])):
                 break
     except Exception as error:  # anything from a refused connection to a gated repository
         raise ConversionError(
-            f"The {what} {source} is neither a local folder nor a Hub repository that can be downloaded: {error}"
+            f"The {role} {source} is neither a folder on this machine nor a Hub repository that can be downloaded: "
+            f"{error}{advice}"
         ) from error
-    return folder
+    # The cache keeps a snapshot in a folder that is called by its commit
+    return SourceFolder(role, repo_id, folder, folder.name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -143,19 +198,32 @@ class TensorFiles(Mapping[str, torch.Tensor]):
     The tensors of one file, or of several as shards of one checkpoint, mapped into memory.
 
     Args:
-        files (`list[Path]`): The files. A key that two files hold is taken from the first.
-
-    Raises:
-        ConversionError: If a file cannot be read.
+        tensors (`dict[str, torch.Tensor]`): The tensors.
+        files (`dict[str, Path]`): The file of each.
     """
 
-    def __init__(self, files: list[Path]):
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._files: dict[str, Path] = {}
+    def __init__(self, tensors: dict[str, torch.Tensor], files: dict[str, Path]):
+        self._tensors = tensors
+        self.files = files
+
+    @classmethod
+    def open(cls, *files: Path) -> "TensorFiles":
+        """
+        Open files.
+
+        Args:
+            files (`Path`): The files. A key that two of them hold is taken from the first.
+
+        Raises:
+            ConversionError: If a file cannot be read.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        origins: dict[str, Path] = {}
         for file in files:
             for key, tensor in open_tensors(file).items():
-                self._tensors.setdefault(key, tensor)
-                self._files.setdefault(key, file)
+                tensors.setdefault(key, tensor)
+                origins.setdefault(key, file)
+        return cls(tensors, origins)
 
     @classmethod
     def from_folder(cls, folder: Path, names: tuple[str, ...]) -> "TensorFiles":
@@ -172,7 +240,7 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         for name in names:
             index = folder / f"{name}.index.json"
             if (folder / name).exists():
-                return cls([folder / name])
+                return cls.open(folder / name)
             if index.exists():
                 return cls.from_index(index)
         raise ConversionError(f"{folder} has no weights: expected {' or '.join(names)}, whole or sharded.")
@@ -194,7 +262,7 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         for key, name in weight_map.items():
             if Path(name).name != name:
                 raise ConversionError(f"{index} names {name!r} for {key!r}, which is not a file of its own folder.")
-        tensors = cls([index.parent / name for name in sorted(set(weight_map.values()))])
+        tensors = cls.open(*(index.parent / name for name in sorted(set(weight_map.values()))))
         lacking = defaultdict(list)
         for key, name in weight_map.items():
             if key not in tensors or tensors.file_of(key).name != name:
@@ -203,9 +271,14 @@ class TensorFiles(Mapping[str, torch.Tensor]):
             raise ConversionError(f"{index.parent / name} lacks tensors that {index.name} lists: {join_keys(keys)}.")
         return tensors
 
+    def select(self, wanted: Callable[[str], bool]) -> "TensorFiles":
+        """The tensors whose keys are wanted."""
+        keys = [key for key in self if wanted(key)]
+        return TensorFiles({key: self[key] for key in keys}, {key: self.files[key] for key in keys})
+
     def file_of(self, key: str) -> Path:
         """The file that holds a key."""
-        return self._files[key]
+        return self.files[key]
 
     def check(self, key: str, shape: tuple[int, ...]) -> None:
         """

@@ -55,37 +55,51 @@ class LoraAdapter:
 
     Args:
         folder (`Path`): A folder with adapter_config.json and the adapter's weights, as PEFT saves them.
+        replacements (`bool`, *optional*, defaults to `False`): Whether it may also hold whole weights, which were
+            trained in full (`modules_to_save` of PEFT).
 
     Raises:
         ConversionError: If something is missing, is no plain LoRA, or does not fit the rank in adapter_config.json.
     """
 
-    def __init__(self, folder: Path):
-        config_file = folder / "adapter_config.json"
-        config = read_json(config_file)
+    def __init__(self, folder: Path, *, replacements: bool = False):
+        self.config_file = folder / "adapter_config.json"
+        config = read_json(self.config_file)
         for option, plain in PLAIN_LORA.items():
+            if replacements and option == "modules_to_save":
+                continue
             if option in config and config[option] not in plain:
                 raise ConversionError(
-                    f"{config_file}: {option} is {config[option]!r}, expected {plain[0]!r}: only plain LoRA adapters "
-                    "can be merged."
+                    f"{self.config_file}: {option} is {config[option]!r}, expected {plain[0]!r}: only plain LoRA "
+                    "adapters can be merged."
                 )
-        rank, alpha = config.get("r"), config.get("lora_alpha")
-        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-            raise ConversionError(f"{config_file}: expected numbers for r and lora_alpha, got {rank!r} and {alpha!r}.")
+        rank: Any = config.get("r")
+        alpha: Any = config.get("lora_alpha")
+        if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+            raise ConversionError(
+                f"{self.config_file}: expected numbers for r and lora_alpha, got {rank!r} and {alpha!r}."
+            )
         self.rank = rank
+        self.alpha = alpha
         self.scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        base_model = config.get("base_model_name_or_path")
+        self.base_model = base_model if isinstance(base_model, str) and base_model else None
 
         self.tensors = TensorFiles.from_folder(folder, ADAPTER_WEIGHTS)
         pairs: dict[str, dict[str, str]] = {}
+        self.replaced: dict[str, str] = {}
         for key in self.tensors:
             match = ADAPTER_KEY.fullmatch(key)
-            if match is None or not key.startswith(LORA_PREFIX):
+            if key.startswith(LORA_PREFIX) and match is not None:
+                pairs.setdefault(match["module"].removeprefix(LORA_PREFIX) + ".weight", {})[match["matrix"]] = key
+            elif key.startswith(LORA_PREFIX) and replacements and ".lora_" not in key:
+                self.replaced[key.removeprefix(LORA_PREFIX)] = key
+            else:
                 raise ConversionError(
                     f"{self.tensors.file_of(key)}: unexpected {key!r}; a plain LoRA adapter has only keys of the form "
                     f"'{LORA_PREFIX}...lora_A.weight' and '...lora_B.weight'."
                 )
-            pairs.setdefault(match["module"].removeprefix(LORA_PREFIX) + ".weight", {})[match["matrix"]] = key
-        if not pairs:
+        if not len(self.tensors):
             raise ConversionError(f"The adapter in {folder} has no tensors.")
         for pair in pairs.values():
             if len(pair) == 1:
@@ -94,6 +108,16 @@ class LoraAdapter:
                     f"{self.tensors.file_of(key)}: {key!r} has no counterpart lora_{'B' if matrix == 'A' else 'A'}."
                 )
         self.pairs = {target: (pair["A"], pair["B"]) for target, pair in pairs.items()}
+        for key_a, key_b in self.pairs.values():
+            self._check_rank(key_a, self.tensors[key_a].shape[:1])
+            self._check_rank(key_b, self.tensors[key_b].shape[1:2])
+
+    def _check_rank(self, key: str, rank: tuple[int, ...]) -> None:
+        if tuple(rank) != (self.rank,):
+            raise ConversionError(
+                f"{self.tensors.file_of(key)}: {key!r} has shape {tuple(self.tensors[key].shape)}, but r is "
+                f"{self.rank} in {self.config_file.name}."
+            )
 
     def check_targets(self, weights: TensorFiles) -> None:
         """
@@ -105,41 +129,39 @@ class LoraAdapter:
         Raises:
             ConversionError: If a weight is missing or of another shape than the adapter's matrices make.
         """
-        absent = [target for target in self.pairs if target not in weights]
+        absent = [target for target in [*self.pairs, *self.replaced] if target not in weights]
         if absent:
-            file = self.tensors.file_of(self.pairs[absent[0]][0])
+            file = next(iter(self.tensors.files.values()))
             raise ConversionError(
                 f"{file} adapts weights that the base model does not have: {join_keys(absent)}. Pass the base model "
                 "that it was trained on."
             )
+        for target, key in self.replaced.items():
+            self.tensors.check(key, tuple(weights[target].shape))
         for target, (key_a, key_b) in self.pairs.items():
-            weight_shape = tuple(weights[target].shape)
-            file = self.tensors.file_of(key_a)
-            if len(weight_shape) != 2:
+            shape = tuple(weights[target].shape)
+            if len(shape) not in (2, 4):
                 raise ConversionError(
-                    f"{file} adapts {target!r}, which is no matrix in the base model: it has shape {weight_shape}."
+                    f"{self.tensors.file_of(key_a)} adapts {target!r}, which is no matrix in the base model: it has "
+                    f"shape {shape}."
                 )
-            if self.tensors[key_a].shape[0] != self.rank:
-                raise ConversionError(
-                    f"{file}: {key_a!r} has shape {tuple(self.tensors[key_a].shape)}, but r is {self.rank} in "
-                    "adapter_config.json."
-                )
-            self.tensors.check(key_a, (self.rank, weight_shape[1]))
-            self.tensors.check(key_b, (weight_shape[0], self.rank))
+            # Of a convolution, A is one with its kernel's size, and B one with kernels of a single position
+            self.tensors.check(key_a, (self.rank, *shape[1:]))
+            self.tensors.check(key_b, (shape[0], self.rank, *(1 for _ in shape[2:])))
 
-    def merge(self, target: str, weight: torch.Tensor) -> torch.Tensor:
+    def factors(self, target: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """
-        Merge the adapter into a weight.
+        What is to be added to a weight, as two factors.
 
         Args:
             target (`str`): The weight's key.
-            weight (`torch.Tensor` of shape `(out_features, in_features)`): The weight.
 
         Returns:
-            `torch.Tensor` of shape `(out_features, in_features)`: The merged weight in float32, or `weight` itself if
-            the adapter does not touch it.
+            `tuple(torch.Tensor, torch.Tensor)`: B of shape `(out_features, rank)` and A of shape
+            `(rank, in_features)`, in float32, or `None` if the adapter does not touch the weight. Their product times
+            `scaling` is to be added.
         """
         if target not in self.pairs:
-            return weight
-        lora_a, lora_b = (self.tensors[key].float() for key in self.pairs[target])
-        return weight.float() + (lora_b @ lora_a) * self.scaling
+            return None
+        lora_a, lora_b = (self.tensors[key].float().flatten(1) for key in self.pairs[target])
+        return lora_b, lora_a

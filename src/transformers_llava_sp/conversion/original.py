@@ -17,12 +17,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..configuration_llava_sp import LlavaSPProjectorConfig
-from .checkpoint import ConversionError, TensorFiles, join_keys, read_json
+from .checkpoint import ConversionError, TensorFiles, read_json
 
 
 MODEL_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -33,6 +31,8 @@ PRETRAINING_WEIGHTS = ("model.bin", "mm_projector.bin")
 # In front of every key of a LoRA release, both in the adapter and in the projector's file
 LORA_PREFIX = "base_model.model."
 PROJECTOR_PREFIX = "model."
+# In front of the vision tower's keys where a full checkpoint has them
+TOWER_PREFIX = "model.vision_tower.vision_tower."
 
 # Where each of the authors' keys goes, `None` for what is dropped. The first pattern that matches a whole key decides.
 LANGUAGE_MODEL_KEYS: dict[str, str | None] = {
@@ -50,6 +50,10 @@ VISION_TOWER_KEYS: dict[str, str | None] = {
     r"logit_scale": None,
     r"(?:vision_model\.)?(.+)": r"model.vision_tower.\1",
 }
+# Of a full checkpoint, what is the language model's; all else that is not the tower's is the projector's
+LANGUAGE_MODEL_KEY = re.compile(r"lm_head\..+|model\.(embed_tokens|layers|norm)\..+")
+# Only checkpoints with image tiles have it
+IMAGE_NEWLINE_KEY = "image_newline"
 # Behind their prefix. `{number}` is a mere name: the 224 pixel variant calls kernels of size 2, 4, ... conv_1, conv_2,
 # ...; `{scale}` is the kernel's place among the sizes. `{position}` is 0, 2, ...: it counts the activations too.
 PROJECTOR_KEYS = {
@@ -110,6 +114,7 @@ class Layout(Enum):
     LLAVA_PRETRAINING = "the projector of a plain LLaVA-1.5, which has no spatial tokens"
     LLAVA_TRANSFORMERS = "a plain LLaVA checkpoint in Transformers' format, which has no spatial tokens"
     ADAPTER = f"a LoRA adapter alone, without the projector ({LORA_PROJECTOR_WEIGHTS})"
+    OUR_ADAPTER = "an adapter of an already converted LLaVA-SP model"
     LANGUAGE_MODEL = "a text-only language model"
     CLIP = "a CLIP checkpoint"
     SIGLIP = "a SigLIP checkpoint"
@@ -131,20 +136,28 @@ def identify_layout(folder: Path) -> Layout:
     Raises:
         ConversionError: If a file that must be looked into cannot be read.
     """
-    names = {path.name for path in folder.iterdir()}
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise ConversionError(f"{folder} cannot be read: {error.strerror}.") from error
     if not names:
         return Layout.EMPTY
     if LORA_PROJECTOR_WEIGHTS in names:
-        return (
-            Layout.SP_LORA if has_spatial_keys(TensorFiles([folder / LORA_PROJECTOR_WEIGHTS])) else Layout.LLAVA_LORA
-        )
+        spatial = has_spatial_keys(TensorFiles.open(folder / LORA_PROJECTOR_WEIGHTS))
+        return Layout.SP_LORA if spatial else Layout.LLAVA_LORA
     if "adapter_config.json" in names or names.intersection(ADAPTER_WEIGHTS):
-        return Layout.ADAPTER
+        ours = any(
+            ".language_model." in key or ".multi_modal_projector.spatial_feature_extractor." in key
+            for name in ADAPTER_WEIGHTS
+            if name in names
+            for key in TensorFiles.open(folder / name)
+        )
+        return Layout.OUR_ADAPTER if ours else Layout.ADAPTER
     if any(name in names or f"{name}.index.json" in names for name in MODEL_WEIGHTS):
         return identify_model(TensorFiles.from_folder(folder, MODEL_WEIGHTS))
     for name in PRETRAINING_WEIGHTS:
         if name in names:
-            spatial = has_spatial_keys(TensorFiles([folder / name]))
+            spatial = has_spatial_keys(TensorFiles.open(folder / name))
             return Layout.SP_PRETRAINING if spatial else Layout.LLAVA_PRETRAINING
     return Layout.UNKNOWN
 
@@ -160,7 +173,7 @@ def identify_model(tensors: TensorFiles) -> Layout:
     def has(pattern: str) -> bool:
         return any(re.match(pattern, key) for key in tensors)
 
-    if has(r"(model\.multi_modal_projector\.)?spatial_feature_extractor\."):
+    if has(r"(model\.)?(multi_modal_projector\.)?spatial_feature_extractor\."):
         return Layout.CONVERTED
     if has_spatial_keys(tensors):
         return Layout.SP_FULL
@@ -198,18 +211,22 @@ class OriginalConfig:
     What the authors' config.json says about the model beside the language model. Its other fields are about training.
 
     Args:
+        base_model (`str`, *optional*): Hub id or path of what training started from.
         vision_tower (`str`, *optional*): Hub id or path of the vision tower.
         vision_hidden_size (`int`, *optional*): Width of its features.
         vision_feature_layer (`int`): Which of its hidden states is read.
         num_patch_layers (`int`, *optional*): Layers of the patch MLP, `None` for a single one without an index.
         pad_to_square (`bool`): Whether images are padded to squares.
+        image_tiles (`bool`): Whether images are cut into tiles.
     """
 
+    base_model: str | None
     vision_tower: str | None
     vision_hidden_size: int | None
     vision_feature_layer: int
     num_patch_layers: int | None
     pad_to_square: bool
+    image_tiles: bool
 
     @classmethod
     def from_file(cls, path: Path) -> "OriginalConfig":
@@ -230,14 +247,11 @@ class OriginalConfig:
         aspect_ratio = config.get("image_aspect_ratio")
         if aspect_ratio is not None and not isinstance(aspect_ratio, str):
             raise refuse("image_aspect_ratio", aspect_ratio, "expected a string such as 'pad'")
-        if aspect_ratio is not None and aspect_ratio.startswith("anyres"):
-            raise refuse(
-                "image_aspect_ratio",
-                aspect_ratio,
-                "this checkpoint cuts images into tiles, which cannot be converted yet; checkpoints with 'pad' can",
-            )
+        image_tiles = aspect_ratio is not None and aspect_ratio.startswith("anyres")
         merge_type = config.get("mm_patch_merge_type", "flat")
-        if merge_type != "flat":
+        if image_tiles and merge_type != "spatial_unpad":
+            raise refuse("mm_patch_merge_type", merge_type, "with image tiles, expected 'spatial_unpad'")
+        if not image_tiles and merge_type != "flat":
             raise refuse("mm_patch_merge_type", merge_type, "without image tiles only 'flat' has a meaning")
 
         feature = config.get("mm_vision_select_feature", "patch")
@@ -273,214 +287,17 @@ class OriginalConfig:
         match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", str(projector_type))
         if match is None and projector_type != "linear":
             raise refuse("mm_projector_type", projector_type, "expected 'linear' or 'mlpNx_gelu'")
+        # Their loader looks for the older name as well
+        vision_tower = config.get("mm_vision_tower", config.get("vision_tower"))
+        if vision_tower is not None and not isinstance(vision_tower, str):
+            raise refuse("mm_vision_tower", vision_tower, "expected the Hub id or the path of the vision tower")
+        base_model = config.get("_name_or_path")
         return cls(
-            vision_tower=config.get("mm_vision_tower"),
+            base_model=base_model if isinstance(base_model, str) and base_model else None,
+            vision_tower=vision_tower,
             vision_hidden_size=hidden_size,
             vision_feature_layer=layer,
             num_patch_layers=int(match[1]) if match else None,
             pad_to_square=aspect_ratio == "pad",
+            image_tiles=image_tiles,
         )
-
-
-@dataclass(frozen=True)
-class SpatialKernel:
-    """
-    A convolution of the Spatial Feature Extractor.
-
-    Args:
-        key (`str`): Its key, without the prefix.
-        number (`int`): The number in the key.
-        size (`int`): Its size, which is its scale, in patches.
-        pooled (`bool`): Whether the key says that a pooling precedes it.
-    """
-
-    key: str
-    number: int
-    size: int
-    pooled: bool
-
-
-def read_projector(
-    tensors: TensorFiles, prefix: str, original_config: OriginalConfig, grid_size: int
-) -> tuple[LlavaSPProjectorConfig, dict[str, str]]:
-    """
-    The projector's architecture, from the names and shapes of its tensors: nothing else records it.
-
-    Args:
-        tensors (`TensorFiles`): The projector's tensors, and no others.
-        prefix (`str`): What stands in front of every key.
-        original_config (`OriginalConfig`): The authors' configuration.
-        grid_size (`int`): Side of the vision tower's patch grid, in patches.
-
-    Returns:
-        `tuple(LlavaSPProjectorConfig, dict[str, str])`: The configuration and, for each key of `tensors`, the key in
-        our model.
-
-    Raises:
-        ConversionError: If tensors are missing or unexpected, variants are mixed, or kernels do not fit the grid.
-    """
-    file = tensors.file_of(next(iter(tensors)))
-    keys = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
-    refuse_ablations(file, keys)
-    kernels = read_spatial_kernels(tensors, prefix)
-    variant = read_variant(file, kernels)
-
-    use_detail_integrator = not keys.isdisjoint(DETAIL_KEYS)
-    # Only where the authors' code always writes one can a bias be missing
-    has_bias = "conv_linear.1.bias" in keys or (variant == "cropping" and use_detail_integrator)
-    renamed = projector_keys(kernels, use_detail_integrator, has_bias, original_config.num_patch_layers)
-
-    missing = [prefix + key for key in renamed if key not in keys]
-    unexpected = sorted(set(tensors) - {prefix + key for key in renamed})
-    sizes = [kernel.size for kernel in kernels]
-    missing_kernels = find_missing_kernels(kernels, grid_size) if kernels else {0: "conv_*.weight"}
-    missing_keys = [prefix + key for key in missing_kernels.values()]
-    if missing or unexpected or any(size < max(sizes, default=1) for size in missing_kernels):
-        problems = [f"missing {join_keys(missing_keys + missing)}"] if missing_keys + missing else []
-        problems += [f"unexpected {join_keys(unexpected)}"] if unexpected else []
-        num_layers = original_config.num_patch_layers or 1
-        raise ConversionError(
-            f"{file} does not hold a projector with spatial kernels of sizes {sizes}, "
-            f"{'with' if use_detail_integrator else 'without'} detail features, and a patch path of {num_layers} "
-            f"layer{'s' * (num_layers > 1)} (mm_projector_type in config.json): {'; '.join(problems)}. The authors' "
-            "intermediate checkpoints lack tensors: convert a final one."
-        )
-    if sizes[-1] != grid_size:
-        alternative = f", or the checkpoint lacks {join_keys(missing_keys)}" if missing_keys else ""
-        raise ConversionError(
-            f"{file}: the largest spatial kernel is {sizes[-1]}x{sizes[-1]}, so it belongs to a vision tower with a "
-            f"grid of {sizes[-1]}x{sizes[-1]} patches, but this one has {grid_size}x{grid_size}. It is not the one "
-            f"that the checkpoint was trained with (config.json names {original_config.vision_tower!r})"
-            f"{alternative}."
-        )
-
-    spatial_hidden_size, vision_hidden_size = tensors[prefix + kernels[-1].key].shape[:2]
-    projection = prefix + "conv_linear.1.weight"
-    if tensors[projection].ndim != 2:
-        raise ConversionError(
-            f"{file}: {projection!r} has shape {tuple(tensors[projection].shape)}, expected a matrix."
-        )
-    try:
-        config = LlavaSPProjectorConfig(
-            vision_hidden_size=vision_hidden_size,
-            text_hidden_size=tensors[projection].shape[0],
-            grid_size=grid_size,
-            spatial_variant=variant,
-            spatial_scales=sizes,
-            spatial_hidden_size=spatial_hidden_size,
-            use_detail_integrator=use_detail_integrator,
-            detail_kernel_size=kernel_size(tensors, prefix + "conv_CM.weight") if use_detail_integrator else None,
-            detail_stride=DETAIL_STRIDE,
-            spatial_projection_bias=has_bias,
-            num_patch_layers=original_config.num_patch_layers or 1,
-        )
-    except ValueError as error:
-        raise ConversionError(f"{file}: {error}") from error
-    return config, {prefix + key: OUR_PROJECTOR_PREFIX + ours for key, ours in renamed.items()}
-
-
-def projector_keys(
-    kernels: list[SpatialKernel], use_detail_integrator: bool, has_bias: bool, num_patch_layers: int | None
-) -> dict[str, str]:
-    """
-    The keys of a complete projector, by `PROJECTOR_KEYS`.
-
-    Args:
-        kernels (`list[SpatialKernel]`): Its spatial kernels, by growing size.
-        use_detail_integrator (`bool`): Whether it has detail features.
-        has_bias (`bool`): Whether the projection of its spatial features has a bias.
-        num_patch_layers (`int`, *optional*): Layers of its patch MLP, `None` for a single one without an index.
-
-    Returns:
-        `dict[str, str]`: Our key for each of the authors' keys, without prefixes.
-    """
-    kernel_template = PROJECTOR_KEYS["conv_{number}.weight"]
-    renamed = {kernel.key: kernel_template.format(scale=scale) for scale, kernel in enumerate(kernels)}
-    fixed = DETAIL_KEYS if use_detail_integrator else []
-    fixed = [*fixed, "conv_linear.1.weight", *(["conv_linear.1.bias"] if has_bias else [])]
-    if num_patch_layers is None:
-        fixed += ["mm_projector.weight", "mm_projector.bias"]
-    renamed.update((key, PROJECTOR_KEYS[key]) for key in fixed)
-    for layer in range(num_patch_layers or 0):
-        for kind in ("weight", "bias"):
-            template = PROJECTOR_KEYS[f"mm_projector.{{position}}.{kind}"]
-            renamed[f"mm_projector.{2 * layer}.{kind}"] = template.format(layer=layer)
-    return renamed
-
-
-def refuse_ablations(file: Path, keys: set[str]) -> None:
-    """Raise a `ConversionError` for ablations of the authors' code that the model does not express."""
-    for key in sorted(keys):
-        for pattern, ablation in UNSUPPORTED_KEYS.items():
-            if re.fullmatch(pattern, key):
-                raise ConversionError(f"{file}: {key!r} belongs to {ablation}, which this model does not have.")
-    if keys.intersection(DETAIL_KEYS) == {"conv_CM.weight"} and not any(map(SPATIAL_KERNEL_KEY.fullmatch, keys)):
-        raise ConversionError(
-            f"{file}: 'conv_CM.weight' without spatial convolutions is the ablation that takes the detail features "
-            "themselves as tokens (conv336_conv_49), which this model does not have."
-        )
-
-
-def kernel_size(tensors: TensorFiles, key: str) -> int:
-    """The size of a square convolution kernel in patches, or a `ConversionError` if the tensor is none."""
-    shape = tuple(tensors[key].shape)
-    if len(shape) != 4 or shape[2] != shape[3] or min(shape) < 1:
-        raise ConversionError(
-            f"{tensors.file_of(key)}: {key!r} has shape {shape}, expected a square kernel (out, in, size, size)."
-        )
-    return shape[2]
-
-
-def read_spatial_kernels(tensors: TensorFiles, prefix: str) -> list[SpatialKernel]:
-    """The spatial kernels of a checkpoint by growing size, or a `ConversionError` if two have the same size."""
-    kernels: dict[int, SpatialKernel] = {}
-    for key in tensors:
-        match = SPATIAL_KERNEL_KEY.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None
-        if match is not None:
-            kernel = SpatialKernel(
-                match[0], int(match["number"]), kernel_size(tensors, key), match["pooled"] is not None
-            )
-            if other := kernels.get(kernel.size):
-                raise ConversionError(
-                    f"{tensors.file_of(key)}: {prefix + other.key!r} and {key!r} both have kernels of size "
-                    f"{kernel.size}, expected one for each scale."
-                )
-            kernels[kernel.size] = kernel
-    return [kernels[size] for size in sorted(kernels)]
-
-
-def read_variant(file: Path, kernels: list[SpatialKernel]) -> str:
-    """
-    Cropping or pooling. For the whole grid there is nothing to pool, so the largest kernel's key is the same in both,
-    and with that one alone so is all they compute.
-    """
-    pooled = [kernel.key for kernel in kernels if kernel.pooled]
-    cropped = [kernel.key for kernel in kernels[:-1] if not kernel.pooled]
-    if pooled and cropped:
-        raise ConversionError(
-            f"{file} mixes two variants: {join_keys(cropped)} of cropping, {join_keys(pooled)} of pooling."
-        )
-    return "pooling" if pooled else "cropping"
-
-
-def find_missing_kernels(kernels: list[SpatialKernel], grid_size: int) -> dict[int, str]:
-    """
-    The kernels that a checkpoint should have and has not: in all variants the sizes are the multiples of the smallest
-    one, up to the whole grid.
-
-    Args:
-        kernels (`list[SpatialKernel]`): The kernels there are, by growing size.
-        grid_size (`int`): Side of the vision tower's patch grid, in patches.
-
-    Returns:
-        `dict[int, str]`: The key of each size that is missing, without the prefix.
-    """
-    sizes = [kernel.size for kernel in kernels]
-    step = min(larger - smaller for smaller, larger in pairwise([0, *sizes]))
-    first, whole = kernels[0], max(sizes[-1], grid_size)
-    missing = {}
-    for size in range(step, whole + 1, step):
-        if size not in sizes:
-            pooling = ".1" if first.pooled and size < whole else ""
-            missing[size] = f"conv_{size * first.number // first.size}{pooling}.weight"
-    return missing
