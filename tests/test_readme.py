@@ -130,6 +130,14 @@ def test_ask_commands_run(command, workspace, monkeypatch):
     assert result.stdout.strip()
 
 
+@pytest.mark.parametrize("command", commands_starting_with("llava-sp", "inspect"), ids=shlex.join)
+def test_inspect_commands_run(command, workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    result = CliRunner().invoke(app, command[1:])
+    assert result.exit_code == 0, result.output
+    assert "a LLaVA-SP LoRA release" in result.stdout
+
+
 def test_every_command_is_known():
     targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     extras = re.findall(r"^(\w+) = \[", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
@@ -139,7 +147,8 @@ def test_every_command_is_known():
         elif command[:2] == ["pip", "install"]:
             assert all(extra in extras for extra in re.findall(r"\[(\w+)\]", " ".join(command)))
         else:
-            assert command[:2] in (["llava-sp", "convert"], ["llava-sp", "ask"]), f"no test runs {command}"
+            assert command[0] == "llava-sp", f"no test runs {command}"
+            assert command[1] in ("convert", "ask", "inspect"), f"no test runs {command}"
 
 
 def test_the_readme_has_what_it_must():

@@ -14,6 +14,7 @@
 """Reading checkpoint folders: where they are, their JSON files, and their tensors without loading them"""
 
 import json
+import os
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -97,7 +98,7 @@ def resolve_source(source: str | Path, role: str, *, weights: bool = True, advic
     advice = advice and f" {advice}"
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return SourceFolder(role, folder.resolve().name, folder)
+        return SourceFolder(role, Path(os.path.abspath(folder)).name, folder)
     if folder.exists():
         raise ConversionError(f"The {role} {source} is a file: pass the folder that holds it.")
     repo_id, _, revision = str(source).partition("@")
