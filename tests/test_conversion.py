@@ -547,9 +547,11 @@ def test_vision_feature_layer_is_the_checkpoints(inputs):
     assert LlavaSPConfig.from_pretrained(inputs.output).vision_feature_layer == -3
 
 
-def test_base_model_with_tied_embeddings(inputs):
+@pytest.mark.parametrize("head", ["absent", "stored"])
+def test_base_model_with_tied_embeddings(inputs, head):
     weights = inputs.base_weights()
-    weights.pop("lm_head.weight")
+    if head == "absent":
+        weights.pop("lm_head.weight")
     inputs.write_base(weights)
     for folder in (inputs.base, inputs.release):
         write_json(folder / "config.json", tie_word_embeddings=True)

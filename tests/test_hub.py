@@ -16,14 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import FIXTURES, tiny_config, tiny_model
 from fake_hub import CUT, DEFAULT_OWNER, LOST_ANSWER, TOKEN, FakeHub
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file
 from test_remote_code import forbid_the_package
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
 
 import transformers_llava_sp
+from transformers_llava_sp.cli import app
 from transformers_llava_sp.configuration_llava_sp import HUB_MODULES
 from transformers_llava_sp.conversion.checkpoint import ConversionError
 from transformers_llava_sp.conversion.push import check_repo_id, push_folder
@@ -518,3 +520,88 @@ def test_pushed_repositories_are_complete_in_themselves(by_id, repositories):
                 assert "lab/llava-sp--" not in content.decode(), name
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         assert model.files[name] == by_id.hub.repositories[REPO_ID].files[name], name
+
+
+# Conversion from the Hub and to it
+
+
+MINI = FIXTURES / "mini-cropping"
+
+
+def convert(output: Path, *options: str, release: str = str(MINI / "release")):
+    parts = ["--base-model", str(MINI / "base"), "--vision-tower", str(MINI / "vision")]
+    return CliRunner().invoke(app, ["convert", release, str(output), *parts, *options])
+
+
+@pytest.mark.parametrize("branch", [None, "half-precision"])
+def test_conversion_is_pushed_in_one_commit(hub, tmp_path, branch):
+    options = ["--revision", branch] if branch else []
+    result = convert(tmp_path / "converted", "--push-to-hub", REPO_ID, "--private", *options)
+
+    assert result.exit_code == 0, result.output
+    repository = hub.repositories[REPO_ID]
+    assert repository.private
+    [commit] = repository.branches[branch or "main"][1:]
+    assert {name: commit.files[name] for name in commit.added} == read(tmp_path / "converted")
+    assert f"pushed: {hub.url}/{REPO_ID}/commit/" in result.stdout
+    card = commit.files["README.md"].decode()
+    assert card.count(f'"{REPO_ID}"') >= 2
+    assert "## Use" in card
+
+
+def test_conversion_that_fails_pushes_nothing(hub, tmp_path):
+    result = convert(tmp_path / "converted", "--push-to-hub", REPO_ID, release=str(MINI / "base"))
+    assert result.exit_code == 1
+    assert not hub.requests
+    assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize("failure", [401, 403, 500, CUT])
+def test_conversion_whose_push_fails_is_kept(hub, tmp_path, failure):
+    hub.failures["/commit/"] = failure
+    result = convert(tmp_path / "converted", "--push-to-hub", REPO_ID)
+    assert result.exit_code == 1
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"llava-sp: error: Pushing to {REPO_ID} at ")
+    assert "No file was published. The converted folder is complete at" in line
+    assert not hub.repositories[REPO_ID].commits
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "converted")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--push-to-hub", "no/such/id"], "'no/such/id' cannot be the id of a Hub repository"),
+        (["--private"], "pass --push-to-hub as well"),
+        (["--revision", "main"], "pass --push-to-hub as well"),
+        (["--max-shard-size", "large"], "'large' is no size of a file, expected one such as '5GB'"),
+    ],
+    ids=["id", "private", "revision", "shard-size"],
+)
+def test_wrong_options_are_seen_before_anything_is_done(hub, tmp_path, options, message):
+    result = convert(tmp_path / "converted", *options, release=str(tmp_path / "nowhere"))
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not hub.requests
+    assert not list(tmp_path.glob("*converted*"))
+
+
+def test_conversion_of_repositories_is_that_of_folders(hub, tmp_path):
+    """All three parts by id, the checkpoint at a branch; what only the Hub knows is in the card."""
+    HfApi().create_repo("authors/release")
+    push_folder(MINI / "release", "authors/release", revision="v1", commit_message="Release")
+    for name, folder in (("base", "base"), ("tower", "vision")):
+        push_folder(MINI / folder, f"authors/{name}", commit_message="Release")
+    push_folder(MINI / "base", "authors/release", commit_message="Mistake")
+    parts = ["--base-model", "authors/base", "--vision-tower", "authors/tower"]
+    result = CliRunner().invoke(app, ["convert", "authors/release@v1", str(tmp_path / "by-id"), *parts])
+    assert result.exit_code == 0, result.output
+    assert convert(tmp_path / "from-folders").exit_code == 0
+    by_id, from_folders = read(tmp_path / "by-id"), read(tmp_path / "from-folders")
+    card = by_id.pop("README.md").decode()
+    del from_folders["README.md"]
+    assert by_id == from_folders
+    for name in ("release", "base", "tower"):
+        head = hub.repositories[f"authors/{name}"].find("v1" if name == "release" else "main").oid
+        assert f"[authors/{name}](https://huggingface.co/authors/{name}) at revision `{head}`" in card
+    assert "base_model:\n- authors/release\n- authors/base\n- authors/tower\n" in card

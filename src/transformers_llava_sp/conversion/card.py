@@ -118,8 +118,11 @@ This is the {{ projector.spatial_variant }} variant: {{ variant_text }}
 The spatial tokens also gather fine detail, by attention over the features of a strided convolution.
 {%- endif %}
 
-It was converted for Hugging Face Transformers from {{ layout }}
-{%- if merged %}, and an adapter merged into it{% endif %}.
+{% if merged -%}
+It is a LLaVA-SP model in the format of Hugging Face Transformers, with an adapter merged into it.
+{%- else -%}
+It was converted for Hugging Face Transformers from {{ layout }}.
+{%- endif %}
 {%- if pretraining %}
 Only the projector is trained: the model writes short captions, and follows no instructions before it is fine-tuned.
 {%- endif %}
@@ -243,8 +246,12 @@ output folder is to be added:
 
 What was changed:
 
+{% if merged -%}
+- Merging trains nothing. The adapter was merged into the weights that it adapts, and all cast to {{ dtype }}.
+{%- else -%}
 - Converting trains nothing. Tensors were renamed, adapters merged into the weights that they adapt, and all cast to
   {{ dtype }}.
+{%- endif %}
 {%- for note in notes %}
 - {{ note }}
 {%- endfor %}

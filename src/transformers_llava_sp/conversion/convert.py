@@ -81,7 +81,8 @@ class ConversionReport:
             kernel = projector.detail_kernel_size
             detail = f"{projector.num_detail_tokens} detail features (kernel {kernel}x{kernel})"
         lines = [
-            f"Converted {self.layout.value} to {self.output}",
+            f"{'Merged an adapter into its model' if is_merge(self.layout) else f'Converted {self.layout.value}'} "
+            f"to {self.output}",
             f"  variant: {projector.spatial_variant}, scales {scales}, {detail}",
             f"  tokens per image: {projector.num_spatial_tokens} spatial + {projector.num_patch_tokens} patch",
             f"  parameters: {self.num_parameters:,} in {str(self.dtype).removeprefix('torch.')}",
@@ -220,9 +221,10 @@ def write_model(
         ConversionError: If it cannot be written, is wrong when read again, or cannot be pushed.
     """
     check_output(output, [source.folder for source in plan.input_files], options.overwrite)
-    check_free_space(output, plan.num_bytes + SMALL_FILES_SIZE)
     verification = None
-    with staged(output) as folder:
+    with staged(output, options.overwrite) as folder:
+        # Now that what an earlier conversion has left takes no space any more
+        check_free_space(output, plan.num_bytes + SMALL_FILES_SIZE)
         with stopwatch.measure("writing"):
             plan.config.save_pretrained(folder)
             plan.generation_config.save_pretrained(folder)
@@ -253,7 +255,11 @@ def write_model(
                 options.push_to_hub,
                 private=options.private,
                 revision=options.revision,
-                commit_message=f"Add {plan.layout.value}, converted by transformers-llava-sp",
+                commit_message=(
+                    "Add a LLaVA-SP model with an adapter merged into it"
+                    if is_merge(plan.layout)
+                    else f"Add {plan.layout.value}, converted by transformers-llava-sp"
+                ),
             )
     return ConversionReport(
         output=output,
@@ -268,6 +274,11 @@ def write_model(
         commit_url=commit_url,
         seconds=stopwatch.seconds,
     )
+
+
+def is_merge(layout: Layout) -> bool:
+    """Whether what was written is a converted model with an adapter merged into it."""
+    return layout is Layout.OUR_ADAPTER
 
 
 def command_line(arguments: Sequence[str], options: WriteOptions) -> str:

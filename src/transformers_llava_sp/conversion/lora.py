@@ -82,8 +82,10 @@ class LoraAdapter:
         self.rank = rank
         self.alpha = alpha
         self.scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        self.modules_to_save: list[str] = config.get("modules_to_save") or []
         base_model = config.get("base_model_name_or_path")
         self.base_model = base_model if isinstance(base_model, str) and base_model else None
+        self.base_revision = config.get("revision")
 
         self.tensors = TensorFiles.from_folder(folder, ADAPTER_WEIGHTS)
         pairs: dict[str, dict[str, str]] = {}
@@ -93,7 +95,8 @@ class LoraAdapter:
             if key.startswith(LORA_PREFIX) and match is not None:
                 pairs.setdefault(match["module"].removeprefix(LORA_PREFIX) + ".weight", {})[match["matrix"]] = key
             elif key.startswith(LORA_PREFIX) and replacements and ".lora_" not in key:
-                self.replaced[key.removeprefix(LORA_PREFIX)] = key
+                # PEFT calls a weight so that it both adapts and saves whole, as it does with embeddings and heads
+                self.replaced[key.removeprefix(LORA_PREFIX).replace(".base_layer.", ".")] = key
             else:
                 raise ConversionError(
                     f"{self.tensors.file_of(key)}: unexpected {key!r}; a plain LoRA adapter has only keys of the form "
@@ -135,6 +138,13 @@ class LoraAdapter:
             raise ConversionError(
                 f"{file} adapts weights that the base model does not have: {join_keys(absent)}. Pass the base model "
                 "that it was trained on."
+            )
+        trained_in_full = re.compile(rf"(.+\.)?({'|'.join(map(re.escape, self.modules_to_save))})\..+")
+        lacking = [key for key in weights if trained_in_full.fullmatch(key) and key not in self.replaced]
+        if self.modules_to_save and lacking:
+            raise ConversionError(
+                f"{self.config_file}: modules_to_save is {self.modules_to_save}, but the adapter lacks weights of "
+                f"them: {join_keys(lacking)}."
             )
         for target, key in self.replaced.items():
             self.tensors.check(key, tuple(weights[target].shape))

@@ -22,7 +22,7 @@ from ..processing_llava_sp import LlavaSPProcessor
 from .checkpoint import ConversionError, TensorFiles, join_keys, resolve_source
 from .convert import DEFAULT_MAX_SHARD_SIZE, ConversionReport, Stopwatch, WriteOptions, write_model
 from .lora import LoraAdapter
-from .original import MODEL_WEIGHTS, Layout
+from .original import MODEL_WEIGHTS, Layout, identify_layout
 from .parts import CONFIG_ERRORS
 from .plan import DTYPES, ConversionPlan, Source, check_layout, model_shapes, storage_dtype
 from .staging import check_output
@@ -99,12 +99,17 @@ def plan_merge(adapter_name: str | Path, base_model: str | Path | None, dtype: s
         ConversionError: If they cannot be merged.
     """
     source = resolve_source(adapter_name, "adapter")
-    check_layout(source.folder, "adapter", Layout.OUR_ADAPTER, "Convert the authors' with `llava-sp convert`.")
+    # An adapter of the head alone cannot be told from a language model's; its keys are checked against the model's
+    if identify_layout(source.folder) is not Layout.ADAPTER:
+        check_layout(source.folder, "adapter", Layout.OUR_ADAPTER, "Convert the authors' with `llava-sp convert`.")
     adapter = LoraAdapter(source.folder, replacements=True)
     if base_model is None and adapter.base_model is None:
         raise ConversionError(f"{adapter.config_file} names no base model: pass it with --base-model.")
+    named = str(adapter.base_model)
+    if adapter.base_revision and not Path(named).is_dir():
+        named = f"{named}@{adapter.base_revision}"
     base = resolve_source(
-        base_model or str(adapter.base_model),
+        base_model or named,
         "LLaVA-SP model",
         advice="" if base_model is not None else f"{adapter.config_file} names it; pass yours with --base-model.",
     )
@@ -116,17 +121,17 @@ def plan_merge(adapter_name: str | Path, base_model: str | Path | None, dtype: s
         processor = LlavaSPProcessor.from_pretrained(base.folder)
     except CONFIG_ERRORS as error:
         raise ConversionError(f"{base.folder} is not a complete LLaVA-SP model: {error}") from error
-    adapter.check_targets(weights)
     shapes = model_shapes(config)
     if difference := sorted(shapes.keys() ^ set(weights)):
         raise ConversionError(
             f"The weights in {base.folder} do not fit its config.json, missing or unexpected: {join_keys(difference)}."
         )
+    adapter.check_targets(weights)
     sources = {}
     for key, shape in shapes.items():
         weights.check(key, shape)
         if key in adapter.replaced:
-            sources[key] = Source(adapter.tensors, adapter.replaced[key], shape)
+            sources[key] = Source(adapter.tensors, adapter.replaced[key], shape, adapter, key)
         else:
             sources[key] = Source(weights, key, shape, adapter, key)
     config.dtype = target_dtype = storage_dtype(base.folder, weights) if dtype == "auto" else DTYPES[dtype]

@@ -14,6 +14,7 @@
 """What a conversion is going to write: every tensor's source, and all the files around them, checked beforehand"""
 
 import collections
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ from .original import (
     rename_key,
 )
 from .parts import (
+    IMAGE_TOKEN,
     check_widths,
     load_image_processor,
     load_tokenizer,
@@ -61,8 +63,8 @@ VOCABULARY_MULTIPLE = 64
 EMBEDDINGS_KEY = "model.language_model.embed_tokens.weight"
 HEAD_KEY = "lm_head.weight"
 
-# Numbers that are converted at a time: enough for fast matrix products, little beside the largest tensor
-BLOCK_SIZE = 2**23
+# Numbers that are converted at a time: few enough that memory is used again while it is in the cache
+BLOCK_SIZE = 2**20
 
 
 @dataclass(frozen=True)
@@ -333,7 +335,8 @@ def plan_conversion(
     language_keys, dropped_language_keys = rename_keys(
         language_folder,
         language_weights,
-        LANGUAGE_MODEL_KEYS,
+        # Some store a head that is tied to the embeddings all the same
+        {**({re.escape(HEAD_KEY): None} if config.tie_word_embeddings else {}), **LANGUAGE_MODEL_KEYS},
         {key for key in shapes if key.startswith(("model.language_model.", "lm_head."))},
     )
     tower_keys, dropped_tower_keys = rename_keys(
@@ -374,7 +377,11 @@ def plan_conversion(
         sources=sources,
         input_files={source: source.files(opened) for source in dict.fromkeys([checkpoint, base, tower])},
         dropped_keys=dropped_language_keys + dropped_tower_keys,
-        notes=describe(layout, tower_prefix != "", original.vision_tower is not None),
+        notes=[
+            *describe(layout, tower_prefix != "", original.vision_tower is not None),
+            f"`{IMAGE_TOKEN}` was added to the vocabulary, which has {text_config.vocab_size} rows now. Those from "
+            f"{old_vocabulary_size} on are the mean of the others in the embeddings and in the head.",
+        ],
         projector=projector_weights,
         projector_prefix=original.projector_prefix,
     )

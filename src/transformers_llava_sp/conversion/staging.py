@@ -29,6 +29,11 @@ from .checkpoint import ConversionError, join_keys, read_json
 LOCK_NAME = "conversion.lock"
 # Where a folder that is being replaced waits until the new one is at its place
 REPLACED_NAME = "replaced"
+# What it is called then, so that a half removed folder is never put back
+OBSOLETE_NAME = "obsolete"
+
+# How the libraries written in Rust name an error of the operating system, some of them in a bare `Exception`
+RUST_OS_ERROR = re.compile(r"(.*) \(os error \d+\)")
 
 # What a converted repository consists of; a folder with anything else in it is not overwritten
 CONVERTED_FILES = re.compile(
@@ -50,13 +55,7 @@ def check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
     Raises:
         ConversionError: If it cannot.
     """
-    if os.path.lexists(output):
-        if not overwrite:
-            raise ConversionError(
-                f"The output {output} exists already: remove it, choose another, or pass --overwrite to replace the "
-                "result of an earlier conversion."
-            )
-        check_replaceable(output)
+    check_replaceable(output, overwrite)
     for folder in inputs:
         if output.resolve().is_relative_to(folder.resolve()):
             raise ConversionError(f"The output {output} lies inside {folder}, which is an input: choose another.")
@@ -64,8 +63,15 @@ def check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
             raise ConversionError(f"The output {output} holds {folder}, which is an input: choose another.")
 
 
-def check_replaceable(output: Path) -> None:
-    """Raise a `ConversionError` if a folder is anything but the result of an earlier conversion."""
+def check_replaceable(output: Path, overwrite: bool) -> None:
+    """Raise a `ConversionError` if something is there, unless it may be replaced and a conversion has written it."""
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise ConversionError(
+            f"The output {output} exists already: remove it, choose another, or pass --overwrite to replace the "
+            "result of an earlier conversion."
+        )
     if output.is_symlink() or not output.is_dir():
         raise ConversionError(f"The output {output} is no folder, so it is not overwritten: choose another.")
     names = sorted(path.name for path in output.iterdir())
@@ -75,7 +81,7 @@ def check_replaceable(output: Path) -> None:
         raise ConversionError(
             f"The output {output} is no converted LLaVA-SP model, so it is not overwritten: choose another."
         )
-    others = [name for name in names if not CONVERTED_FILES.fullmatch(name)]
+    others = [name for name in names if not (CONVERTED_FILES.fullmatch(name) and (output / name).is_file())]
     if others:
         raise ConversionError(
             f"The output {output} holds files that no conversion has written, so it is not overwritten: "
@@ -84,27 +90,31 @@ def check_replaceable(output: Path) -> None:
 
 
 @contextmanager
-def staged(output: Path) -> Iterator[Path]:
+def staged(output: Path, overwrite: bool) -> Iterator[Path]:
     """
     A folder to write to, which is moved to `output` at the end, if nothing went wrong, and removed otherwise. What a
     killed conversion has left is removed first; a folder that it had put aside to replace it is put back.
 
     Args:
-        output (`Path`): Where the folder is to appear. One that is there is replaced.
+        output (`Path`): Where the folder is to appear.
+        overwrite (`bool`): Whether the result of an earlier conversion that is there is replaced.
 
     Yields:
         `Path`: An empty folder beside it, on the same file system.
 
     Raises:
-        ConversionError: If another conversion is writing to `output`, or writing fails, as on a full disk.
+        ConversionError: If another conversion is writing to `output`, there is something that may not be replaced, or
+            writing fails, as on a full disk.
     """
     # Always the same name, so that what is left can be found
     staging = output.parent / f".{output.name}.incomplete"
     lock = FileLock(staging / LOCK_NAME, timeout=0)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        if staging.is_symlink() or (
-            staging.exists() and not (staging / LOCK_NAME).exists() and any(staging.iterdir())
+        if os.path.lexists(staging) and (
+            staging.is_symlink()
+            or not staging.is_dir()
+            or (not (staging / LOCK_NAME).exists() and any(staging.iterdir()))
         ):
             raise ConversionError(
                 f"{staging} is where {output} is written at first, but it exists and no conversion has made it: move "
@@ -113,29 +123,52 @@ def staged(output: Path) -> Iterator[Path]:
         staging.mkdir(exist_ok=True)
         with lock:
             replaced = staging / REPLACED_NAME
-            if replaced.exists() and not os.path.lexists(output):
-                replaced.rename(output)
-            for path in staging.iterdir():
-                if path.name != LOCK_NAME:
-                    shutil.rmtree(path)
+            put_back(replaced, output)
             try:
+                clear(staging)
+                check_replaceable(output, overwrite)
                 folder = staging / output.name
                 # A model may be called as the lock
-                folder = folder if folder.name not in (LOCK_NAME, REPLACED_NAME) else staging / "folder"
+                folder = folder if folder.name not in (LOCK_NAME, REPLACED_NAME, OBSOLETE_NAME) else staging / "folder"
                 folder.mkdir()
                 yield folder
+                # It may have come since
+                check_replaceable(output, overwrite)
                 if os.path.lexists(output):
-                    check_replaceable(output)
                     output.rename(replaced)
                 folder.rename(output)
+                if replaced.exists():
+                    replaced.rename(staging / OBSOLETE_NAME)
             finally:
+                put_back(replaced, output)
+                # The lock goes last: what is left is recognised by it
+                clear(staging, ignore_errors=True)
                 shutil.rmtree(staging, ignore_errors=True)
     except Timeout:
         raise ConversionError(f"Another conversion is writing to {output}: wait for it or choose another.") from None
-    except OSError as error:
+    except Exception as error:
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        elif match := RUST_OS_ERROR.fullmatch(str(error)):
+            reason = match[1]
+        else:
+            raise
         raise ConversionError(
-            f"Writing {output} failed: {error.strerror or error}. Nothing of it is left; inputs are as they were."
+            f"Writing {output} failed: {reason}. Nothing of it is left; inputs are as they were."
         ) from error
+
+
+def put_back(replaced: Path, output: Path) -> None:
+    """Move a folder that was put aside to its place again, if nothing has taken it."""
+    if replaced.exists() and not os.path.lexists(output):
+        replaced.rename(output)
+
+
+def clear(staging: Path, ignore_errors: bool = False) -> None:
+    """Remove everything but the lock."""
+    for path in staging.iterdir():
+        if path.name != LOCK_NAME:
+            shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
 def check_free_space(output: Path, needed: int) -> None:
