@@ -680,6 +680,29 @@ def test_file_formats_make_no_difference(inputs, change):
     assert card != other_card
 
 
+def test_files_are_those_that_transformers_saves(inputs):
+    inputs.convert()
+    LlavaSPForConditionalGeneration.from_pretrained(inputs.output).save_pretrained(inputs.folder / "saved")
+    for path in (inputs.folder / "saved").iterdir():
+        assert (inputs.output / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_shards_hold_the_whole_model(inputs):
+    inputs.convert()
+    expected = converted_tensors(inputs)
+    shutil.rmtree(inputs.output)
+    inputs.convert(max_shard_size="300KB")
+    files = sorted(inputs.output.glob("*.safetensors"))
+    assert len(files) == 5
+    shards = {path.name: load_file(path) for path in files}
+    index = json.loads((inputs.output / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {key: name for name, tensors in shards.items() for key in tensors}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+    loaded = LlavaSPForConditionalGeneration.from_pretrained(inputs.output).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
+
+
 def test_two_runs_write_the_same_bytes(inputs):
     def digests(output):
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in output.iterdir()}

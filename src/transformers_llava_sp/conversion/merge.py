@@ -24,7 +24,7 @@ from .convert import DEFAULT_MAX_SHARD_SIZE, ConversionReport, Stopwatch, WriteO
 from .lora import LoraAdapter
 from .original import MODEL_WEIGHTS, Layout, identify_layout
 from .parts import CONFIG_ERRORS
-from .plan import DTYPES, ConversionPlan, Source, check_layout, model_shapes, storage_dtype
+from .plan import DTYPES, ConversionPlan, Source, check_layout, model_shapes, set_dtype, storage_dtype
 from .staging import check_output
 
 
@@ -134,7 +134,8 @@ def plan_merge(adapter_name: str | Path, base_model: str | Path | None, dtype: s
             sources[key] = Source(adapter.tensors, adapter.replaced[key], shape, adapter, key)
         else:
             sources[key] = Source(weights, key, shape, adapter, key)
-    config.dtype = target_dtype = storage_dtype(base.folder, weights) if dtype == "auto" else DTYPES[dtype]
+    target_dtype = storage_dtype(base.folder, weights) if dtype == "auto" else DTYPES[dtype]
+    set_dtype(config, target_dtype)
     opened = {str(file): file for files in (weights.files, adapter.tensors.files) for file in files.values()}
     return ConversionPlan(
         layout=Layout.OUR_ADAPTER,

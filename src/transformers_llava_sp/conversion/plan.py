@@ -331,6 +331,8 @@ def plan_conversion(
     except ValueError as error:
         raise ConversionError(f"{checkpoint.folder} does not fit its base model or vision tower: {error}") from error
 
+    set_dtype(config, target_dtype)
+
     shapes = model_shapes(config)
     language_keys, dropped_language_keys = rename_keys(
         language_folder,
@@ -504,6 +506,12 @@ def describe(layout: Layout, tower_inside: bool, has_tower: bool) -> list[str]:
     elif has_tower:
         notes.append("The vision tower's weights are those of the given tower, not those in the checkpoint.")
     return notes
+
+
+def set_dtype(config: LlavaSPConfig, dtype: torch.dtype) -> None:
+    """Note in a configuration and those in it which dtype the weights have."""
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        part.dtype = dtype
 
 
 def model_shapes(config: LlavaSPConfig) -> dict[str, tuple[int, ...]]:

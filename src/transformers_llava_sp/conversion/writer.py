@@ -69,7 +69,8 @@ def write_weights(folder: Path, sources: Mapping[str, Source], dtype: torch.dtyp
     num_bytes = {key: torch.Size(source.shape).numel() * dtype.itemsize for key, source in sources.items()}
     with tqdm(total=sum(num_bytes.values()), desc="Converting", unit="B", unit_scale=True) as progress:
         for name, keys in shards.filename_to_tensors.items():
-            write_shard(folder / name, {key: sources[key] for key in keys}, dtype, progress)
+            # Sorted as the library sorts: how a tensor lies in memory decides the last bit of matrix products
+            write_shard(folder / name, {key: sources[key] for key in sorted(keys)}, dtype, progress)
     if shards.is_sharded:
         index = {
             "metadata": {"total_parameters": sum(num_bytes.values()) // dtype.itemsize, **shards.metadata},
