@@ -775,7 +775,8 @@ def test_prompt_longer_than_the_language_model(variant, caplog):
             greedy(model, inputs)
     with caplog.at_level(logging.WARNING):
         assert logits_of(model, too_long).shape[1] == 161
-    assert not caplog.records
+    # Transformers warns of other things too, once in a process
+    assert not [record for record in caplog.records if "length" in record.getMessage()]
 
 
 def test_ids_or_embeddings_exactly_one(model, inputs):
