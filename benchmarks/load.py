@@ -11,8 +11,6 @@ measured and how. Exits with status 1 where a limit is not met.
 
 import argparse
 import json
-import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -23,7 +21,14 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
+from _measure import (
+    PAGE_SIZE,
+    PeakMemory,
+    describe_machine,
+    read_busy_seconds,
+    read_into_page_cache,
+    read_memory,
+)
 from tqdm import tqdm
 from transformers import (
     AutoModelForImageTextToText,
@@ -34,7 +39,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration, __version__
+from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration
 
 
 MODELS = ("llava-sp", "llava")
@@ -50,7 +55,6 @@ SAMPLING_INTERVAL = 0.002  # seconds
 # core is measured again, after a pause
 MAX_DISTURBANCE = 0.15
 PAUSE = 5  # seconds
-PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 
 
 def count_bytes(model: PreTrainedModel) -> int:
@@ -100,14 +104,6 @@ def write_checkpoint(model: PreTrainedModel, folder: Path, shard_size: str) -> N
     model.save_pretrained(folder, state_dict=state, max_shard_size=shard_size)
 
 
-def read_into_page_cache(folder: Path) -> None:
-    """Read the weights once, so that the disk's speed and what the system has cached are not measured."""
-    for file in folder.glob("*.safetensors"):
-        with open(file, "rb", buffering=0) as stream:
-            while stream.read(2**24):
-                pass
-
-
 def load(folder: str, dtype: str) -> None:
     """
     The measured process: import everything, say so, wait for a line, load, and print how long it took in seconds.
@@ -139,19 +135,6 @@ def load(folder: str, dtype: str) -> None:
     sys.stdin.readline()
 
 
-def read_memory(pid: int) -> dict[str, int]:
-    """Resident memory of a process in bytes: anonymous, and that of mapped files."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    fields = dict(line.split(":\t", 1) for line in status.splitlines())
-    return {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
-
-
-def read_busy_seconds() -> float:
-    """Seconds of CPU that the whole machine has used since it was started."""
-    user, nice, system, _idle, _iowait, irq, softirq, steal = Path("/proc/stat").read_text().split()[1:9]
-    return sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
-
-
 def measure(folder: Path, dtype: str) -> dict[str, float]:
     """Load a checkpoint in a fresh process. Its memory is sampled from here, which costs the process no time."""
     process = subprocess.Popen(
@@ -165,32 +148,21 @@ def measure(folder: Path, dtype: str) -> dict[str, float]:
     # Progress bars and warnings: read all the time, or a full pipe would stop the process
     drain = threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True)
     drain.start()
-    peak = {"RssAnon": 0, "RssFile": 0}
-    done = threading.Event()
-
-    def sample() -> None:
-        while not done.is_set():
-            for name, value in read_memory(process.pid).items():
-                peak[name] = max(peak[name], value)
-            time.sleep(SAMPLING_INTERVAL)
-
     try:
-        if process.stdout.readline() != "ready\n":
+        ready = process.stdout.readline() == "ready\n"
+        before = read_memory(process.pid)
+        if not ready or before is None:
             process.wait()
             drain.join()
             raise RuntimeError(
                 f"The process that loads {folder} did not start (status {process.returncode}):\n{''.join(errors)}"
             )
-        before = read_memory(process.pid)
-        sampler = threading.Thread(target=sample)
-        sampler.start()
-        busy = read_busy_seconds()
-        process.stdin.write("load\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-        busy = read_busy_seconds() - busy
-        done.set()
-        sampler.join()
+        with PeakMemory(process.pid, SAMPLING_INTERVAL) as peak:
+            busy = read_busy_seconds()
+            process.stdin.write("load\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            busy = read_busy_seconds() - busy
         if not answer:
             process.wait()
             drain.join()
@@ -198,12 +170,11 @@ def measure(folder: Path, dtype: str) -> dict[str, float]:
                 f"The process that loads {folder} failed (status {process.returncode}):\n{''.join(errors)}"
             )
     finally:
-        done.set()
         process.stdin.close()
         process.wait()
     result = json.loads(answer)
-    result["peak_anonymous_bytes"] = peak["RssAnon"] - before["RssAnon"]
-    result["peak_mapped_bytes"] = peak["RssFile"] - before["RssFile"]
+    result["peak_anonymous_bytes"] = peak.anonymous - before["RssAnon"]
+    result["peak_mapped_bytes"] = peak.mapped - before["RssFile"]
     result["disturbance"] = (busy - result["cpu_s"]) / result["load_and_write_s"]
     return result
 
@@ -216,25 +187,6 @@ def measure_undisturbed(folder: Path, dtype: str, max_tries: int) -> dict[str, f
             time.sleep(PAUSE)
         tries.append(measure(folder, dtype))
     return {**min(tries, key=lambda result: result["disturbance"]), "tries": len(tries)}
-
-
-def describe_machine() -> dict[str, str | int | float]:
-    cpu = next(
-        (line.split(": ", 1)[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count() or 0,
-        "memory_bytes": PAGE_SIZE * os.sysconf("SC_PHYS_PAGES"),
-        "system": platform.platform(),
-        "load_average_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "transformers_llava_sp": __version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def summarise(runs: dict[str, list[dict[str, float]]]) -> dict[str, object]:
@@ -322,7 +274,7 @@ def main() -> None:
                 for name in MODELS:
                     progress.set_description(f"writing {name}, {layout}")
                     write_checkpoint(models[name], folders[name], shard_size)
-                    read_into_page_cache(folders[name])
+                    read_into_page_cache(folders[name].glob("*.safetensors"))
                     progress.update()
                 for repeat in range(arguments.repeats + 1):
                     # Neither always comes first, so that nothing that drifts favours one
