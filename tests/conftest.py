@@ -19,7 +19,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN_ROOT = Path(os.environ.get("LLAVA_SP_GOLDEN", FIXTURES.parents[2] / "shared" / "golden"))
 
 MINI_GOLDEN = ("mini-cropping", "mini-pooling")
-LARGE_GOLDEN = ("clip-cropping", "clip-pooling-dfi", "clip-pooling")
+LARGE_GOLDEN = ("clip-cropping", "clip-pooling-dfi", "clip-pooling", "siglip-cropping", "anyres-pooling")
 
 VARIANTS = {
     "cropping-dfi": {"spatial_variant": "cropping", "spatial_projection_bias": True},
@@ -126,6 +126,13 @@ class Golden:
         self.image_files = {name: self.folder / "golden" / image["file"] for name, image in meta["images"].items()}
         self.tensors = load_file(self.folder / "golden" / "golden.safetensors")
         self.vocab_size = json.loads((self.folder / "base" / "config.json").read_text())["vocab_size"]
+
+    def num_tiles(self, image: str) -> int:
+        """How many inputs of the vision tower the authors make of an image."""
+        shape = json.loads((self.folder / "golden" / "golden.json").read_text())["images"][image]["pixel_values"][
+            "shape"
+        ]
+        return shape[0] if len(shape) == 4 else 1
 
     def images(self, sample: str) -> list[Image.Image]:
         return [Image.open(self.image_files[name]) for name in self.samples[sample]["images"]]

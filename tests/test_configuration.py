@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from transformers_llava_sp import LlavaSPConfig, LlavaSPProjectorConfig
-from transformers_llava_sp.configuration_llava_sp import count_image_tokens, vision_grid_size
+from transformers_llava_sp.configuration_llava_sp import get_image_layout, vision_grid_size
 
 
 def nearest_of_parity(value: Fraction, grid_size: int) -> int:
@@ -44,7 +44,7 @@ def test_derived_sizes(grid_size, spatial_scales, detail_kernel_size, num_detail
     assert config.num_detail_tokens == num_detail_tokens
     assert config.num_spatial_tokens == 6
     assert config.num_patch_tokens == grid_size**2
-    assert config.num_image_tokens == count_image_tokens(6, grid_size) == 6 + grid_size**2
+    assert config.num_image_tokens == get_image_layout(6, grid_size).num_tokens == 6 + grid_size**2
 
 
 @pytest.mark.parametrize("grid_size", range(11, 66))

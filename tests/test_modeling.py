@@ -729,7 +729,9 @@ def test_placeholders_of_one_sample_in_another_do_not_generate_beams(model):
     inputs = tiny_inputs(model, [[5, 6], [7, 8]], [1, 1])
     per_image = model.config.projector_config.num_image_tokens
     inputs["input_ids"][0, 1], inputs["input_ids"][1, -1] = 9, model.config.image_token_id
-    with pytest.raises(ValueError, match=rf"{MISMATCH}: .*\[{per_image - 1}, {per_image + 1}\].*multiples of the"):
+    with pytest.raises(
+        ValueError, match=rf"{MISMATCH}: .*\[{per_image - 1}, {per_image + 1}\].*those of whole images"
+    ):
         greedy(model, inputs, num_beams=2)
 
 

@@ -12,9 +12,9 @@ QUESTION = "What is shown in this image?"
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
 
 
-@pytest.fixture(scope="module")
-def case(golden):
-    return golden("mini-cropping")
+@pytest.fixture(scope="module", params=["mini-cropping", "siglip-cropping", "anyres-pooling"])
+def case(request, golden):
+    return golden(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +41,12 @@ def generated_tokens(output: dict, num_tokens: int = 16) -> list[int]:
     return output["generated_token_ids"][-num_tokens:].tolist()
 
 
-def test_loads_model_and_processor(pipe):
+def test_loads_model_and_processor(pipe, case):
     assert type(pipe.model).__name__ == "LlavaSPForConditionalGeneration"
     assert type(pipe.processor).__name__ == "LlavaSPProcessor"
-    assert type(pipe.processor.image_processor).__name__ == "LlavaImageProcessorPil"
+    tiles = case.num_tiles("landscape") > 1
+    image_processor = "LlavaNextImageProcessorPil" if tiles else "LlavaImageProcessorPil"
+    assert type(pipe.processor.image_processor).__name__ == image_processor
     assert pipe.model.dtype == torch.float32
 
 
@@ -76,7 +78,7 @@ def test_list_of_conversations(pipe, case, source):
         "text_only": ask("Name three primary colors and explain why the sky is blue."),
         "two_images": ask(
             "What is different between these two pictures?",
-            *(str(case.image_files[name]) for name in ("portrait", "square")),
+            *(str(case.image_files[name]) for name in case.samples["two_images"]["images"]),
         ),
     }
     outputs = pipe(text=list(samples.values()), generate_kwargs=GREEDY, return_tensors=True)

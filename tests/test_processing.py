@@ -243,8 +243,11 @@ def test_every_argument_survives(loaded, tmp_path):
         "tokenizer": tokenizer,
         "num_spatial_tokens": 3,
         "grid_size": 4,
+        "patch_downsample_factor": 2,
         "chat_template": "{% for message in messages %}{{ message['role'] }}{% endfor %}",
         "image_token": "<picture>",
+        "image_prefix": "<start>",
+        "image_suffix": "<end>",
     }
     assert set(arguments) == set(inspect.signature(LlavaSPProcessor.__init__).parameters) - {"self"}
     LlavaSPProcessor(**arguments).save_pretrained(tmp_path)
@@ -252,13 +255,16 @@ def test_every_argument_survives(loaded, tmp_path):
     processor = LlavaSPProcessor.from_pretrained(tmp_path)
     assert processor.num_spatial_tokens == 3
     assert processor.grid_size == 4
+    assert processor.patch_downsample_factor == 2
+    assert (processor.image_prefix, processor.image_suffix) == ("<start>", "<end>")
+    assert processor.num_image_tokens == 3 + 4
     assert processor.image_token == "<picture>"
     assert processor.image_token_id == tokenizer.convert_tokens_to_ids("<picture>")
     assert processor.apply_chat_template(user("a")) == "user"
     assert processor.image_processor.do_pad is False
     assert list(processor.image_processor.image_mean) == [0.5, 0.25, 0.125]
     assert processor.image_processor.size["shortest_edge"] == 40
-    assert slots(processor, processor(text="<picture>", images=photo())) == [19]
+    assert slots(processor, processor(text="<picture>", images=photo())) == [7]
 
 
 def test_saved_files(loaded, tmp_path):

@@ -14,6 +14,8 @@
 """LLaVA-SP model configuration"""
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.image_processing_utils import select_best_resolution
 
 
 SPATIAL_VARIANTS = ("cropping", "pooling")
@@ -96,20 +99,97 @@ def sixths_of_grid(grid_size: int, sixths: int) -> int:
     return 2 * ((sixths * grid_size - 6 * parity + 6) // 12) + parity
 
 
-def count_image_tokens(num_spatial_tokens: int, grid_size: int) -> int:
+@dataclass(frozen=True)
+class ImageLayout:
     """
-    How many tokens of the language model's sequence one image takes: its spatial tokens and one token per patch.
-
-    The model, the processor and the converter all count with this function.
+    How an image's tokens stand in the language model's sequence: the spatial tokens of every tile, the patch tokens of
+    the whole image, and, if it is cut into tiles, the patch tokens of the tiles, row by row over the joined tiles
+    without the padding, each row followed by one separator. The model, the processor and the converter all count
+    with it.
 
     Args:
-        num_spatial_tokens (`int`): Number of spatial tokens per image.
-        grid_size (`int`): Side of the patch grid, in patches.
+        num_spatial_tokens (`int`): Spatial tokens of each tile.
+        patch_grid_size (`int`): Side of the grid of patch tokens of each tile.
+        tile_rows (`int`, *optional*, defaults to 0): Rows of tiles, 0 if the whole image is the only one.
+        tile_columns (`int`, *optional*, defaults to 0): Columns of tiles.
+        row_padding (`int`, *optional*, defaults to 0): Rows of the joined tiles' grid that are dropped above, and as
+            many below.
+        column_padding (`int`, *optional*, defaults to 0): Columns that are dropped on the left, and on the right.
+    """
+
+    num_spatial_tokens: int
+    patch_grid_size: int
+    tile_rows: int = 0
+    tile_columns: int = 0
+    row_padding: int = 0
+    column_padding: int = 0
+
+    @property
+    def num_tiles(self) -> int:
+        """`int`: How often the vision tower runs for it: once for the whole image and once for each tile."""
+        return 1 + self.tile_rows * self.tile_columns
+
+    @property
+    def num_rows(self) -> int:
+        """`int`: Rows of the joined tiles' patch tokens that are kept."""
+        return self.tile_rows * self.patch_grid_size - 2 * self.row_padding
+
+    @property
+    def num_columns(self) -> int:
+        """`int`: Columns of the joined tiles' patch tokens that are kept."""
+        return self.tile_columns * self.patch_grid_size - 2 * self.column_padding
+
+    @property
+    def num_tokens(self) -> int:
+        """`int`: How many tokens the image takes."""
+        tile_tokens = self.num_rows * (self.num_columns + 1) if self.num_tiles > 1 else 0
+        return self.num_tiles * self.num_spatial_tokens + self.patch_grid_size**2 + tile_tokens
+
+
+def get_image_layout(
+    num_spatial_tokens: int,
+    patch_grid_size: int,
+    image_size: Sequence[int] | None = None,
+    image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
+    tile_size: int = 0,
+) -> ImageLayout:
+    """
+    The layout of an image's tokens.
+
+    Args:
+        num_spatial_tokens (`int`): Spatial tokens of each tile.
+        patch_grid_size (`int`): Side of the grid of patch tokens of each tile.
+        image_size (`Sequence[int]`, *optional*): (height, width) of the image in pixels.
+        image_grid_pinpoints (`Sequence[Sequence[int]]`, *optional*): The resolutions that images are cut into tiles
+            at, each as (height, width) in pixels. Without them, an image has no tiles.
+        tile_size (`int`, *optional*): Side of a tile in pixels.
 
     Returns:
-        `int`: Number of tokens per image.
+        [`ImageLayout`]: The layout. Where the best resolution is a single tile, the whole image stands alone, for the
+        tile would show the same.
+
+    Raises:
+        ValueError: If the image has no pixels.
     """
-    return num_spatial_tokens + grid_size**2
+    if image_grid_pinpoints is None or image_size is None:
+        return ImageLayout(num_spatial_tokens, patch_grid_size)
+    height, width = map(int, image_size)
+    if min(height, width) < 1:
+        raise ValueError(f"An image of {height}x{width} pixels cannot be cut into tiles.")
+    best_height, best_width = select_best_resolution((height, width), image_grid_pinpoints)
+    tile_rows, tile_columns = best_height // tile_size, best_width // tile_size
+    if tile_rows * tile_columns == 1:
+        return ImageLayout(num_spatial_tokens, patch_grid_size)
+    # The image fills the joined tiles in one direction; half of what it leaves of the other is dropped on either side.
+    # The authors cut fractions off. Transformers' LLaVA-NeXT rounds to seven digits first, which keeps one more row or
+    # column where 31.999... stands for 32.
+    rows, columns = tile_rows * patch_grid_size, tile_columns * patch_grid_size
+    row_padding = column_padding = 0
+    if width / height > columns / rows:
+        row_padding = (rows - int(height * (columns / width))) // 2
+    else:
+        column_padding = (columns - int(width * (rows / height))) // 2
+    return ImageLayout(num_spatial_tokens, patch_grid_size, tile_rows, tile_columns, row_padding, column_padding)
 
 
 @strict
@@ -147,10 +227,15 @@ class LlavaSPProjectorConfig(LlavaSPPreTrainedConfig):
             Cropping checkpoint has one, the released Pooling checkpoint has none.
         num_patch_layers (`int`, *optional*, defaults to 2):
             Number of linear layers of the patch MLP, with the activation between them.
+        patch_downsample_factor (`int`, *optional*, defaults to 1):
+            How many patches in each direction are concatenated to one, so that there are so many times fewer patch
+            tokens in each direction: 2 for the pixel shuffle of InternVL. The spatial tokens see the whole grid.
+        patch_layer_norm (`bool`, *optional*, defaults to `False`):
+            Whether a layer norm stands in front of the patch MLP, as in InternVL.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             The activation of the patch MLP and of the spatial projection.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
-            Epsilon of the layer norms in front of the query, key and value projections.
+            Epsilon of the layer norms: in front of the query, key and value projections, and of the patch MLP.
 
     Raises:
         ValueError: If values contradict each other; the message names both.
@@ -182,6 +267,8 @@ class LlavaSPProjectorConfig(LlavaSPPreTrainedConfig):
     detail_stride: int = 2
     spatial_projection_bias: bool = True
     num_patch_layers: int = 2
+    patch_downsample_factor: int = 1
+    patch_layer_norm: bool = False
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-5
 
@@ -213,9 +300,20 @@ class LlavaSPProjectorConfig(LlavaSPPreTrainedConfig):
             raise ValueError(
                 f"Unknown `spatial_variant` {self.spatial_variant!r}: expected one of {', '.join(SPATIAL_VARIANTS)}."
             )
-        for name in ("vision_hidden_size", "text_hidden_size", "spatial_hidden_size", "num_patch_layers"):
+        for name in (
+            "vision_hidden_size",
+            "text_hidden_size",
+            "spatial_hidden_size",
+            "num_patch_layers",
+            "patch_downsample_factor",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.grid_size % self.patch_downsample_factor:
+            raise ValueError(
+                f"`patch_downsample_factor` {self.patch_downsample_factor} does not divide `grid_size` "
+                f"{self.grid_size}: patches would be left over."
+            )
 
         scales = list(self.spatial_scales or [])
         if not scales:
@@ -252,12 +350,17 @@ class LlavaSPProjectorConfig(LlavaSPPreTrainedConfig):
     @property
     def num_patch_tokens(self) -> int:
         """`int`: Number of patch tokens per image."""
-        return self.num_image_tokens - self.num_spatial_tokens
+        return self.patch_grid_size**2
+
+    @property
+    def patch_grid_size(self) -> int:
+        """`int`: Side of the grid of patch tokens, which is the patch grid's unless patches are downsampled."""
+        return self.grid_size // self.patch_downsample_factor
 
     @property
     def num_image_tokens(self) -> int:
-        """`int`: Number of tokens per image, the spatial tokens first."""
-        return count_image_tokens(self.num_spatial_tokens, self.grid_size)
+        """`int`: Number of tokens per image, or per tile of one, the spatial tokens first."""
+        return get_image_layout(self.num_spatial_tokens, self.patch_grid_size).num_tokens
 
     @property
     def num_detail_tokens(self) -> int:
@@ -265,6 +368,19 @@ class LlavaSPProjectorConfig(LlavaSPPreTrainedConfig):
         if not self.use_detail_integrator or self.detail_kernel_size is None:
             return 0
         return ((self.grid_size - self.detail_kernel_size) // self.detail_stride + 1) ** 2
+
+
+# What a vision tower's configuration has where its features are no fixed square grid of patches
+UNSUITABLE_TOWERS = {
+    "depths": "its stages make the grid of patches smaller and smaller",
+    "insert_layer_id": "it merges patches between its layers",
+    "mask_ratio": "it leaves out patches at random",
+    "num_detection_tokens": "detection tokens stand among its patches",
+    "num_frames": "it takes videos",
+    "spatial_merge_size": "it takes the patches of images of any size in one sequence",
+    "text_config": "it is a model of images and text, whose `vision_config` is meant",
+    "window_size": "its features are a map, not a sequence of patches",
+}
 
 
 def vision_grid_size(vision_config: PreTrainedConfig) -> int:
@@ -278,7 +394,7 @@ def vision_grid_size(vision_config: PreTrainedConfig) -> int:
         `int`: Side of the patch grid, in patches.
 
     Raises:
-        ValueError: If the tower has no such sizes or its grid is not square.
+        ValueError: If the tower has no such sizes, its grid is not square, or its features are not those of patches.
     """
     sides = []
     for name in ("image_size", "patch_size"):
@@ -294,8 +410,28 @@ def vision_grid_size(vision_config: PreTrainedConfig) -> int:
                 f"`vision_config.{name}` is {height}x{width}: LLaVA-SP needs square images and square patches."
             )
         sides.append(height)
+    for name, reason in UNSUITABLE_TOWERS.items():
+        if getattr(vision_config, name, None) is not None:
+            raise ValueError(
+                f"`vision_config` of type {vision_config.model_type!r} has `{name}`, so {reason}: LLaVA-SP needs a "
+                "tower whose hidden states are one per patch, row by row."
+            )
+    for name in ("hidden_size", "num_hidden_layers"):
+        if type(getattr(vision_config, name, None)) is not int:
+            raise ValueError(
+                f"`vision_config` of type {vision_config.model_type!r} has no `{name}`: LLaVA-SP needs a tower of "
+                "layers of one width."
+            )
     image_side, patch_side = sides
     return image_side // patch_side
+
+
+# What a language model's configuration has where scores are changed behind the head; neutral values do nothing
+HEAD_CHANGES: dict[str, tuple[float | None, ...]] = {
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+}
 
 
 @strict
@@ -317,7 +453,12 @@ class LlavaSPConfig(LlavaSPPreTrainedConfig):
         vision_feature_layer (`int`, *optional*, defaults to -2):
             Index into the vision tower's hidden states.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
-            `"default"` drops the first token (the class token), `"full"` keeps every token, for towers without one.
+            `"default"` keeps the patches, the last tokens of the tower, and drops what stands in front of them: a
+            class token, registers, or nothing. `"full"` keeps every token, for towers that have only patches.
+        image_grid_pinpoints (`list[list[int]]`, *optional*):
+            Resolutions, each as (height, width) in pixels, that images are cut into tiles of the vision tower's size
+            at (LLaVA-1.6's "anyres"). Of several that fit an image equally well, the first is taken. Without them,
+            each image is seen as a whole only.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the language model's head shares the weights of its input embeddings. True where `text_config`
             says so.
@@ -363,6 +504,7 @@ class LlavaSPConfig(LlavaSPPreTrainedConfig):
     image_token_index: int = 32000
     vision_feature_layer: int = -2
     vision_feature_select_strategy: str = "default"
+    image_grid_pinpoints: list | tuple | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -396,10 +538,17 @@ class LlavaSPConfig(LlavaSPPreTrainedConfig):
             }
             self.projector_config = LlavaSPProjectorConfig(**{**derived, **(self.projector_config or {})})
 
+        if self.image_grid_pinpoints is not None:
+            self.image_grid_pinpoints = [
+                list(pinpoint) if isinstance(pinpoint, (list, tuple)) else pinpoint
+                for pinpoint in self.image_grid_pinpoints
+            ]
+
         # The language model alone knows whether its checkpoint ties its embeddings
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
         self.validate_towers()
+        self.validate_tiles()
 
     def validate_towers(self) -> None:
         """
@@ -429,7 +578,7 @@ class LlavaSPConfig(LlavaSPPreTrainedConfig):
         if self.vision_feature_select_strategy not in ("default", "full"):
             raise ValueError(
                 f"Unknown `vision_feature_select_strategy` {self.vision_feature_select_strategy!r}: expected "
-                "'default' (drop the class token) or 'full' (keep every token)."
+                "'default' (keep the patches) or 'full' (keep every token)."
             )
         num_states = vision.num_hidden_layers + 1
         if not -num_states <= self.vision_feature_layer < num_states:
@@ -437,11 +586,62 @@ class LlavaSPConfig(LlavaSPPreTrainedConfig):
                 f"`vision_feature_layer` is {self.vision_feature_layer}, but `vision_config.num_hidden_layers` "
                 f"{vision.num_hidden_layers} gives {num_states} hidden states."
             )
+        for name, neutral in HEAD_CHANGES.items():
+            if getattr(text, name, None) not in neutral:
+                raise ValueError(
+                    f"`text_config.{name}` is {getattr(text, name)}: language models of type {text.model_type!r} "
+                    "change the scores behind their head, which LLaVA-SP does not."
+                )
         if not 0 <= self.image_token_index < text.vocab_size:
             raise ValueError(
                 f"`image_token_index` is {self.image_token_index}, which is outside `text_config.vocab_size` "
                 f"{text.vocab_size}."
             )
+
+    def validate_tiles(self) -> None:
+        """Raise a `ValueError` where images cannot be cut into tiles of the vision tower's size. Runs likewise."""
+        if self.image_grid_pinpoints is None:
+            return
+        if not self.image_grid_pinpoints:
+            raise ValueError("`image_grid_pinpoints` is empty: list resolutions, or leave it out for whole images.")
+        for pinpoint in self.image_grid_pinpoints:
+            if (
+                not isinstance(pinpoint, list)
+                or len(pinpoint) != 2
+                or any(type(side) is not int or side < 1 for side in pinpoint)
+            ):
+                raise ValueError(f"`image_grid_pinpoints` has {pinpoint}, expected (height, width) in pixels.")
+            if any(side % self.tile_size for side in pinpoint):
+                raise ValueError(
+                    f"`image_grid_pinpoints` has {pinpoint}, which is no multiple of the {self.tile_size} pixels that "
+                    "the vision tower takes (`vision_config.image_size`)."
+                )
+
+    @property
+    def tile_size(self) -> int:
+        """`int`: Side of the images that the vision tower takes, in pixels."""
+        size = self.vision_config.image_size
+        return size[0] if isinstance(size, (list, tuple)) else size
+
+    def get_image_layout(self, image_size: Sequence[int] | None = None) -> ImageLayout:
+        """
+        How an image's tokens stand in the sequence.
+
+        Args:
+            image_size (`Sequence[int]`, *optional*): (height, width) of the image in pixels. Without it, the layout
+                is that of a whole image without tiles.
+
+        Returns:
+            [`ImageLayout`]: The layout.
+        """
+        projector = self.projector_config
+        return get_image_layout(
+            projector.num_spatial_tokens,
+            projector.patch_grid_size,
+            image_size,
+            self.image_grid_pinpoints,
+            self.tile_size,
+        )
 
 
 __all__ = ["LlavaSPConfig", "LlavaSPProjectorConfig"]

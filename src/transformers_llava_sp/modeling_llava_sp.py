@@ -15,14 +15,26 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
+from os import PathLike
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -30,7 +42,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from .configuration_llava_sp import LlavaSPConfig, LlavaSPProjectorConfig
+from .configuration_llava_sp import ImageLayout, LlavaSPConfig, LlavaSPProjectorConfig
 
 
 try:  # Transformers 5.20 and later can keep only the hidden states that are used
@@ -67,7 +79,8 @@ class LlavaSPImageFeaturesOutput(BaseModelOutputWithPooling):
         last_hidden_state (`torch.FloatTensor` of shape `(images, vision_tokens, vision_hidden_size)`):
             The vision tower's last hidden state.
         pooler_output (`torch.FloatTensor` of shape `(images, spatial_tokens + patch_tokens, text_hidden_size)`):
-            The tokens that replace each image's placeholders, the spatial tokens first.
+            The tokens that replace each image's placeholders, the spatial tokens first. For images in tiles a list of
+            tensors, each of shape `(image_tokens, text_hidden_size)`.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*):
             The vision tower's hidden states. From Transformers 5.20 on only the one that is used is kept, the others
             are `None`, unless `output_hidden_states=True` is passed.
@@ -89,7 +102,8 @@ class LlavaSPModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         image_hidden_states (`torch.FloatTensor`, *optional*):
             The tokens that replaced the images' placeholders, of shape
-            `(images, spatial_tokens + patch_tokens, text_hidden_size)`, where `pixel_values` were passed.
+            `(images, spatial_tokens + patch_tokens, text_hidden_size)`, where `pixel_values` were passed. With tiles
+            of shape `(image_tokens, text_hidden_size)`, one image after the other.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -113,7 +127,8 @@ class LlavaSPCausalLMOutputWithPast(ModelOutput):
             The language model's attentions, each of shape `(batch_size, heads, sequence_length, sequence_length)`.
         image_hidden_states (`torch.FloatTensor`, *optional*):
             The tokens that replaced the images' placeholders, of shape
-            `(images, spatial_tokens + patch_tokens, text_hidden_size)`, where `pixel_values` were passed.
+            `(images, spatial_tokens + patch_tokens, text_hidden_size)`, where `pixel_values` were passed. With tiles
+            of shape `(image_tokens, text_hidden_size)`, one image after the other.
     """
 
     loss: torch.Tensor | None = None
@@ -234,13 +249,35 @@ class DetailFeatureIntegrator(nn.Module):
 
 
 class PatchMLP(nn.Module):
-    """The patch path of LLaVA-1.5: linear layers with an activation between them."""
+    """
+    The patch path of LLaVA-1.5, linear layers with an activation between them; or that of InternVL, which first makes
+    one feature of several neighbouring patches and normalises it.
+    """
 
     def __init__(self, config: LlavaSPProjectorConfig):
         super().__init__()
-        widths = [config.vision_hidden_size, *[config.text_hidden_size] * config.num_patch_layers]
+        self.grid_size = config.grid_size
+        self.downsample_factor = config.patch_downsample_factor
+        hidden_size = config.vision_hidden_size * self.downsample_factor**2
+        self.norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps) if config.patch_layer_norm else nn.Identity()
+        widths = [hidden_size, *[config.text_hidden_size] * config.num_patch_layers]
         self.layers = nn.ModuleList(nn.Linear(width, next_width) for width, next_width in pairwise(widths))
         self.act = ACT2FN[config.hidden_act]
+
+    def downsample(self, patch_features: torch.Tensor) -> torch.Tensor:
+        """
+        Concatenate each square of `downsample_factor` patches in each direction, row by row: the pixel shuffle of
+        InternVL, with its order of channels.
+
+        Args:
+            patch_features (`torch.Tensor` of shape `(images, patches, channels)`): The patches, row by row.
+
+        Returns:
+            `torch.Tensor` of shape `(images, patches / factor ** 2, channels * factor ** 2)`.
+        """
+        factor, side = self.downsample_factor, self.grid_size // self.downsample_factor
+        squares = patch_features.unflatten(1, (side, factor, side, factor)).transpose(2, 3)
+        return squares.flatten(3, 5).flatten(1, 2)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -248,12 +285,38 @@ class PatchMLP(nn.Module):
             hidden_states (`torch.Tensor` of shape `(images, patches, vision_hidden_size)`): The patch features.
 
         Returns:
-            `torch.Tensor` of shape `(images, patches, text_hidden_size)`.
+            `torch.Tensor` of shape `(images, patch_tokens, text_hidden_size)`.
         """
-        hidden_states = self.layers[0](hidden_states)
+        if self.downsample_factor > 1:
+            hidden_states = self.downsample(hidden_states)
+        hidden_states = self.layers[0](self.norm(hidden_states))
         for layer in self.layers[1:]:
             hidden_states = layer(self.act(hidden_states))
         return hidden_states
+
+
+def image_token_positions(layout: ImageLayout) -> torch.Tensor:
+    """
+    Where an image's tokens come from.
+
+    Args:
+        layout ([`ImageLayout`]): The image's layout.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_tokens,)`: Positions in the tokens of all its tiles, one tile after another,
+        each with its spatial tokens first; -1 for a separator.
+    """
+    num_spatial, side = layout.num_spatial_tokens, layout.patch_grid_size
+    starts = torch.arange(layout.num_tiles) * (num_spatial + side**2)
+    positions = [(starts[:, None] + torch.arange(num_spatial)).flatten(), torch.arange(side**2) + num_spatial]
+    if layout.num_tiles > 1:
+        patches = starts[1:].view(layout.tile_rows, 1, layout.tile_columns, 1) + num_spatial
+        patches = patches + torch.arange(side**2).view(side, 1, side)
+        grid = patches.reshape(layout.tile_rows * side, layout.tile_columns * side)
+        grid = grid[layout.row_padding : layout.row_padding + layout.num_rows]
+        grid = grid[:, layout.column_padding : layout.column_padding + layout.num_columns]
+        positions.append(F.pad(grid, (0, 1), value=-1).flatten())
+    return torch.cat(positions)
 
 
 class LlavaSPPreTrainedModel(PreTrainedModel):
@@ -382,42 +445,171 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
         maybe_install_capturing_hooks(self.vision_tower)
         self.multi_modal_projector = LlavaSPProjector._from_config(config.projector_config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.image_grid_pinpoints is not None:
+            # Separates the rows of an image that is cut into tiles
+            self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and self.config.image_grid_pinpoints is not None:
+            # As the authors: a vector as long as an embedding of unit length
+            init.normal_(self.image_newline, mean=0.0, std=self.image_newline.numel() ** -0.5)
 
     @can_return_tuple
     @select_hidden_states(lambda model: [model.config.vision_feature_layer])
     def get_image_features(
-        self, pixel_values: torch.Tensor, output_attentions: bool = False, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaSPImageFeaturesOutput:
         """
         Encode images with the vision tower and project them into the language model's space.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`):
-                The processed images.
+                The processed images. With tiles of shape `(images, tiles, channels, height, width)`, the whole image
+                first; what is behind an image's last tile is ignored. A single tile is the whole image alone.
+            image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+                (height, width) of each image in pixels before it was processed; needed for tiles.
             output_attentions (`bool`, *optional*, defaults to `False`):
                 Whether to return the attention weights of the Detail Feature Integrator, and the vision tower's.
 
         Returns:
             [`LlavaSPImageFeaturesOutput`], or a tuple with `return_dict=False`. Its `pooler_output` is one tensor of
-            shape `(images, spatial_tokens + patch_tokens, text_hidden_size)`.
+            shape `(images, spatial_tokens + patch_tokens, text_hidden_size)`, or with tiles a list of one tensor of
+            shape `(image_tokens, text_hidden_size)` per image. The other tensors have one row for each tile.
+
+        Raises:
+            ValueError: If the images or tiles have another size or number than the configuration and `image_sizes`
+                imply.
         """
+        self.check_pixel_values(pixel_values)
+        layouts = self.get_image_layouts(pixel_values, image_sizes)
+        if layouts is not None:
+            pixel_values = self.select_tiles(pixel_values, layouts)
+        elif pixel_values.ndim == 5:
+            pixel_values = pixel_values.squeeze(1)
+
         kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or True
         image_outputs = self.vision_tower(
             pixel_values, output_attentions=output_attentions, return_dict=True, **kwargs
         )
         patch_features = image_outputs.hidden_states[self.config.vision_feature_layer]  # (images, tokens, channels)
+        if patch_features.shape[0] != pixel_values.shape[0]:
+            raise ValueError(
+                f"{type(self.vision_tower).__name__} makes {patch_features.shape[0]} sequences of "
+                f"{pixel_values.shape[0]} images: LLaVA-SP needs a tower that makes one of each."
+            )
         if self.config.vision_feature_select_strategy == "default":
-            patch_features = patch_features[:, 1:]
+            patch_features = patch_features[:, -(self.config.projector_config.grid_size**2) :]
         projected = self.multi_modal_projector(patch_features, output_attentions=output_attentions, return_dict=True)
+
+        image_features = projected.last_hidden_state  # (tiles, scales + patches, text_dim)
+        if layouts is not None:
+            image_features = self.join_tiles(image_features, layouts)
 
         return LlavaSPImageFeaturesOutput(
             last_hidden_state=image_outputs.last_hidden_state,
-            pooler_output=projected.last_hidden_state,
+            pooler_output=image_features,
             hidden_states=image_outputs.hidden_states,
             attentions=image_outputs.attentions,
             detail_attentions=projected.detail_attentions,
         )
+
+    def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        """Raise a `ValueError` if images have another size or number of dimensions than the model takes."""
+        size = self.config.tile_size
+        num_dimensions = (4,) if self.config.image_grid_pinpoints is None else (4, 5)
+        if pixel_values.ndim not in num_dimensions or pixel_values.shape[-2:] != (size, size):
+            expected = f"(images, channels, {size}, {size})"
+            if len(num_dimensions) == 2:
+                expected += f" or (images, tiles, channels, {size}, {size})"
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected {expected}: the vision tower takes "
+                f"{size}x{size} pixels, and `image_grid_pinpoints` is {self.config.image_grid_pinpoints}."
+            )
+
+    def get_image_layouts(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None
+    ) -> list[ImageLayout] | None:
+        """
+        How the tokens of images in tiles stand in the sequence.
+
+        Args:
+            pixel_values (`torch.Tensor`): The processed images.
+            image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*): (height, width) of each in pixels.
+
+        Returns:
+            `list[ImageLayout]`: One layout per image, `None` if the images have no tiles.
+
+        Raises:
+            ValueError: If `image_sizes` is missing or does not fit `pixel_values`.
+        """
+        if pixel_values.ndim == 4 or pixel_values.shape[1] == 1:
+            return None
+        num_images, num_tiles = pixel_values.shape[:2]
+        if image_sizes is None or len(image_sizes) != num_images:
+            raise ValueError(
+                f"`pixel_values` has {num_images} images in tiles, but `image_sizes` is "
+                f"{'missing' if image_sizes is None else f'that of {len(image_sizes)}'}: pass everything that the "
+                "processor returns."
+            )
+        sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else image_sizes
+        layouts = [self.config.get_image_layout(size) for size in sizes]
+        for size, layout in zip(sizes, layouts, strict=True):
+            if layout.num_tiles > num_tiles:
+                raise ValueError(
+                    f"An image of {size[0]}x{size[1]} pixels (`image_sizes`) has {layout.num_tiles} tiles by "
+                    f"`image_grid_pinpoints` {self.config.image_grid_pinpoints}, but `pixel_values` only has "
+                    f"{num_tiles} for each. Model and processor must have the same `image_grid_pinpoints`."
+                )
+        return layouts
+
+    def select_tiles(self, pixel_values: torch.Tensor, layouts: list[ImageLayout]) -> torch.Tensor:
+        """
+        The tiles of all images, without what stands behind each image's last one to make a tensor of them.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, tiles, channels, height, width)`): The processed images.
+            layouts (`list[ImageLayout]`): Their layouts.
+
+        Returns:
+            `torch.Tensor` of shape `(all_tiles, channels, height, width)`.
+        """
+        # In numbers of Python's, so that torch.compile knows how many there are
+        num_tiles = pixel_values.shape[1]
+        indices = [
+            image * num_tiles + tile for image, layout in enumerate(layouts) for tile in range(layout.num_tiles)
+        ]
+        return pixel_values.flatten(0, 1).index_select(0, torch.tensor(indices, device=pixel_values.device))
+
+    def join_tiles(self, tile_features: torch.Tensor, layouts: list[ImageLayout]) -> list[torch.Tensor]:
+        """
+        Put the tokens of images in tiles into their order, and separators between the rows.
+
+        Args:
+            tile_features (`torch.Tensor` of shape `(all_tiles, spatial_tokens + patch_tokens, text_hidden_size)`): The
+                tokens of each tile.
+            layouts (`list[ImageLayout]`): The images' layouts.
+
+        Returns:
+            `list[torch.Tensor]`: For each image a tensor of shape `(image_tokens, text_hidden_size)`.
+        """
+        tokens_per_tile, num_tokens = tile_features.shape[1], tile_features.shape[0] * tile_features.shape[1]
+        indices, start = [], 0
+        for layout in layouts:
+            positions = image_token_positions(layout)
+            # The separator stands behind all tokens
+            indices.append(torch.where(positions < 0, num_tokens, positions + start))
+            start += layout.num_tiles * tokens_per_tile
+        newline = self.image_newline.to(tile_features.device, tile_features.dtype)
+        tokens = torch.cat([tile_features.flatten(0, 1), newline[None]])
+        joined = tokens.index_select(0, torch.cat(indices).to(tokens.device))
+        return list(joined.split([layout.num_tokens for layout in layouts]))
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
@@ -438,16 +630,20 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
         image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
 
-    def check_placeholders(self, placeholder_mask: torch.Tensor, num_images: int, tokens_per_image: int) -> None:
+    def check_placeholders(
+        self, placeholder_mask: torch.Tensor, num_images: int, tokens_per_image: int | list[int]
+    ) -> None:
         """
         Raise a `ValueError` if the number of placeholders is not the number of image features.
 
         Args:
             placeholder_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Where placeholders are.
             num_images (`int`): Number of images in the batch.
-            tokens_per_image (`int`): Number of features of each image.
+            tokens_per_image (`int` or `list[int]`): Number of features of each image.
         """
-        num_placeholders, num_features = placeholder_mask.sum(), num_images * tokens_per_image
+        each = tokens_per_image
+        num_features = sum(each) if isinstance(each, list) else num_images * each
+        num_placeholders = placeholder_mask.sum()
         projector_config = self.config.projector_config
         torch_compilable_check(
             num_placeholders == num_features,
@@ -467,6 +663,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaSPModelOutputWithPast:
         """
@@ -474,7 +671,8 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Token ids, with a run of `<image>` ids for each image.
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`, *optional*):
-                The processed images of the whole batch, in the order of their placeholders.
+                The processed images of the whole batch, in the order of their placeholders. With tiles of shape
+                `(images, tiles, channels, height, width)`.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for tokens, 0 for padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -483,6 +681,8 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
                 Keys and values of the tokens before.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, text_hidden_size)`, *optional*):
                 Embeddings in place of `input_ids`.
+            image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+                (height, width) of each image in pixels before it was processed; needed for tiles.
 
         Returns:
             [`LlavaSPModelOutputWithPast`], or a tuple with `return_dict=False`.
@@ -498,10 +698,16 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
 
         image_features = None
         if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_features = self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output
             placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds).to(inputs_embeds.device)
-            self.check_placeholders(placeholder_mask, *image_features.shape[:2])
+            if isinstance(image_features, list):
+                self.check_placeholders(
+                    placeholder_mask, len(image_features), [len(image) for image in image_features]
+                )
+                image_features = torch.cat(image_features)
+            else:
+                self.check_placeholders(placeholder_mask, *image_features.shape[:2])
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(
                 placeholder_mask.unsqueeze(-1).expand_as(inputs_embeds), image_features
             )
@@ -523,6 +729,94 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
         )
 
 
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What loading a language model and loading its tokenizer have in common
+TOKENIZER_KWARGS = (
+    "cache_dir",
+    "gguf_file",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+VOCABULARY_MULTIPLE = 64
+PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def split_config_fields(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Arguments that are fields of the projector's configuration, of the model's, and all others."""
+    common = {field.name for field in fields(PreTrainedConfig)}
+    split: list[dict[str, Any]] = []
+    for config_class in (LlavaSPProjectorConfig, LlavaSPConfig):
+        names = {field.name for field in fields(config_class)} - common
+        own = {LlavaSPConfig.attribute_map.get(name, name): name for name in kwargs}
+        split.append({name: kwargs[passed] for name, passed in own.items() if name in names})
+        kwargs = {passed: kwargs[passed] for name, passed in own.items() if name not in names}
+    return split[0], split[1], kwargs
+
+
+def load_part(
+    auto_class: Any, name_or_model: str | PathLike | PreTrainedModel, role: str, kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """
+    Load a part of a model, unless it is loaded already.
+
+    Args:
+        auto_class (`type`): The Auto class that loads it.
+        name_or_model (`str`, `PathLike` or [`PreTrainedModel`]): A folder, a Hub id, or the part itself.
+        role (`str`): What it is, for the error message.
+        kwargs (`dict[str, Any]`): Arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: If weights are missing or quantized.
+    """
+    if isinstance(name_or_model, PreTrainedModel):
+        return name_or_model
+    model, loading = auto_class.from_pretrained(name_or_model, **kwargs, output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"The {role} {name_or_model} lacks weights: {', '.join(missing)}.")
+    if hasattr(model.config, "quantization_config"):
+        if any(parameter.dtype not in PLAIN_DTYPES for parameter in model.parameters()):
+            raise ValueError(
+                f"The {role} {name_or_model} is quantized: pass plain weights, and quantize the model that is made."
+            )
+        # GGUF files are dequantized when they are loaded, but the note that they were quantized stays
+        del model.config.quantization_config
+    return model
+
+
+def load_vision_tower(name_or_model: str | PathLike | PreTrainedModel, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load a vision tower, or that of a contrastive model; see [`load_part`]."""
+    if not isinstance(name_or_model, PreTrainedModel):
+        config: Any = AutoConfig.from_pretrained(
+            name_or_model, **{key: kwargs[key] for key in TOKENIZER_KWARGS if key in kwargs}
+        )
+        config = getattr(config, "vision_config", config)
+        if config.model_type == "siglip_vision_model":
+            # Its feature of the whole image, which the patches do not depend on, would be weights without use
+            config.vision_use_head = False
+        kwargs = {"config": config, **kwargs}
+    return load_part(AutoModel, name_or_model, "vision tower", kwargs)
+
+
+@torch.no_grad()
+def grow_embeddings(text_model: PreTrainedModel, num_tokens: int) -> None:
+    """
+    Append rows to a language model's embeddings and head, up to a multiple of 64, if it has fewer than `num_tokens`.
+    They are the mean of the others, so that none of them is ever the likeliest token.
+    """
+    old_size = text_model.get_input_embeddings().weight.shape[0]
+    if old_size >= num_tokens and old_size % VOCABULARY_MULTIPLE == 0:
+        return
+    text_model.resize_token_embeddings(
+        max(old_size, num_tokens), pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False
+    )
+    for embeddings in (text_model.get_input_embeddings(), text_model.get_output_embeddings()):
+        weight = embeddings.weight
+        weight[old_size:] = weight[:old_size].mean(dim=0, dtype=torch.float32).to(weight.dtype)
+
+
 class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
     """
     LLaVA-SP: a vision tower, the projector and a language model with its head. It answers questions about images.
@@ -537,20 +831,255 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
     def __init__(self, config: LlavaSPConfig):
         super().__init__(config)
         self.model = LlavaSPModel(config)
+        if not hasattr(self.model.language_model, "embed_tokens"):
+            raise ValueError(
+                f"{type(self.model.language_model).__name__} has no `embed_tokens`: LLaVA-SP needs a language model "
+                "whose embeddings are called so, as those of Llama, Mistral, Qwen and Gemma are."
+            )
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
         if self.generation_config.suppress_tokens is None:
             # An answer has no images. Checkpoints bring their own generation config
             self.generation_config.suppress_tokens = [config.image_token_id]
 
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model_name_or_path: str | PathLike | PreTrainedModel,
+        text_model_name_or_path: str | PathLike | PreTrainedModel,
+        *,
+        spatial_variant: str = "cropping",
+        image_token: str = "<image>",
+        vision_kwargs: dict[str, Any] | None = None,
+        text_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "LlavaSPForConditionalGeneration":
+        """
+        Join a vision tower and a language model with a projector that has yet to be trained. The image token gets the
+        first id that the tokenizer leaves free, and embeddings, where they have to be appended, that are the mean of
+        the others.
+
+        Args:
+            vision_model_name_or_path (`str`, `PathLike` or [`PreTrainedModel`]):
+                Folder or Hub id of a vision tower, or of a contrastive model that has one, or a loaded vision tower.
+            text_model_name_or_path (`str`, `PathLike` or [`PreTrainedModel`]):
+                Folder or Hub id of a language model with its tokenizer, or a loaded language model with its head,
+                which is taken over and changed. A loaded one needs `image_token_id` unless it was loaded from a folder
+                or Hub id with its tokenizer.
+            spatial_variant (`str`, *optional*, defaults to `"cropping"`): `"cropping"` or `"pooling"`.
+            image_token (`str`, *optional*, defaults to `"<image>"`): The token that stands for an image.
+            vision_kwargs (`dict[str, Any]`, *optional*): Arguments for loading the vision tower alone.
+            text_kwargs (`dict[str, Any]`, *optional*): Arguments for loading the language model alone, and its
+                tokenizer, such as `gguf_file`.
+            kwargs (`dict[str, Any]`, *optional*): Fields of [`LlavaSPProjectorConfig`] and [`LlavaSPConfig`], such as
+                `use_detail_integrator`, `vision_feature_layer`, `image_grid_pinpoints` or `image_token_id`; all else,
+                such as `dtype` or `attn_implementation`, goes to `from_pretrained` of both.
+
+        Returns:
+            [`LlavaSPForConditionalGeneration`]: The model, in evaluation mode and in the language model's dtype.
+            [`LlavaSPProcessor.from_vision_text_pretrained`] gives its processor.
+
+        Raises:
+            ValueError: If the vision tower has no square grid of patches, weights are missing, or the language model
+                is of a kind that cannot be taken over.
+
+        Example:
+
+        ```python
+        >>> from transformers_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProcessor
+
+        >>> names = "openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5"
+        >>> model = LlavaSPForConditionalGeneration.from_vision_text_pretrained(*names, spatial_variant="pooling")
+        >>> processor = LlavaSPProcessor.from_vision_text_pretrained(*names, model.config)
+        ```"""
+        projector_fields, config_fields, kwargs = split_config_fields(kwargs)
+        vision_tower = load_vision_tower(vision_model_name_or_path, {**kwargs, **(vision_kwargs or {})})
+        text_kwargs = {**kwargs, **(text_kwargs or {})}
+        text_model = load_part(AutoModelForCausalLM, text_model_name_or_path, "language model", text_kwargs)
+        lm_head: Any = text_model.get_output_embeddings()
+        text_config: Any = text_model.config
+        if text_config.get_text_config() is not text_config or not isinstance(lm_head, nn.Linear):
+            raise ValueError(
+                f"{type(text_model).__name__} is no language model with a linear head: pass one that takes text alone."
+            )
+        if getattr(lm_head, "bias", None) is not None:
+            raise ValueError(f"The head of {type(text_model).__name__} has a bias, which LLaVA-SP's has not.")
+
+        num_tokens = config_fields.get("image_token_index", -1) + 1
+        if not num_tokens:
+            # Added as the processor adds it, so that both get the same id
+            name = text_model_name_or_path
+            if isinstance(name, PreTrainedModel) and not (name := name.name_or_path):
+                raise ValueError("The language model was not loaded from a folder or Hub id: pass `image_token_id`.")
+            tokenizer_kwargs = {key: text_kwargs[key] for key in TOKENIZER_KWARGS if key in text_kwargs}
+            tokenizer = AutoTokenizer.from_pretrained(name, **tokenizer_kwargs)
+            tokenizer.add_tokens([image_token], special_tokens=True)
+            config_fields["image_token_index"] = tokenizer.convert_tokens_to_ids(image_token)
+            num_tokens = len(tokenizer)
+        grow_embeddings(text_model, num_tokens)
+        lm_head = text_model.get_output_embeddings()
+
+        config = cls.config_class(
+            vision_config=vision_tower.config,
+            text_config=text_model.config,
+            projector_config={"spatial_variant": spatial_variant, **projector_fields},
+            **config_fields,
+        )
+        suppressed = [*{config.image_token_id, *range(num_tokens, config.text_config.vocab_size)}]
+        return cls._from_parts(
+            config, vision_tower, text_model.base_model, lm_head, text_model.generation_config, suppressed
+        )
+
+    @classmethod
+    def from_llava(
+        cls,
+        pretrained_model_name_or_path: str | PathLike | PreTrainedModel,
+        *,
+        spatial_variant: str = "cropping",
+        **kwargs: Any,
+    ) -> "LlavaSPForConditionalGeneration":
+        """
+        Add spatial tokens, which have yet to be trained, to a LLaVA, a LLaVA-NeXT or an InternVL in Transformers'
+        format: vision tower, patch path and language model are its own.
+
+        Args:
+            pretrained_model_name_or_path (`str`, `PathLike` or [`PreTrainedModel`]):
+                Its folder or Hub id, or the loaded model, which is taken over.
+            spatial_variant (`str`, *optional*, defaults to `"cropping"`): `"cropping"` or `"pooling"`.
+            kwargs (`dict[str, Any]`, *optional*): Fields of [`LlavaSPProjectorConfig`] and [`LlavaSPConfig`]; all
+                else, such as `dtype` or `attn_implementation`, goes to `from_pretrained`.
+
+        Returns:
+            [`LlavaSPForConditionalGeneration`]: The model, in evaluation mode. [`LlavaSPProcessor.from_llava`] gives
+            its processor.
+
+        Raises:
+            ValueError: If it is another kind of model, or one that reads several layers of its vision tower.
+
+        Example:
+
+        ```python
+        >>> from transformers_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProcessor
+
+        >>> name = "llava-hf/llava-1.5-7b-hf"
+        >>> model = LlavaSPForConditionalGeneration.from_llava(name, spatial_variant="cropping")
+        >>> processor = LlavaSPProcessor.from_llava(name, model.config)
+        ```"""
+        projector_fields, config_fields, kwargs = split_config_fields(kwargs)
+        source = load_part(AutoModelForImageTextToText, pretrained_model_name_or_path, "LLaVA or InternVL", kwargs)
+        origin: Any = source.config
+        if origin.model_type not in ("llava", "llava_next", "internvl"):
+            raise ValueError(
+                f"{source.name_or_path or type(source).__name__} is of type {origin.model_type!r}, expected 'llava', "
+                "'llava_next' or 'internvl' in Transformers' format."
+            )
+        if not isinstance(origin.vision_feature_layer, int):
+            raise ValueError(
+                f"`vision_feature_layer` is {origin.vision_feature_layer}: LLaVA-SP reads one layer of the tower."
+            )
+        parts = source.model
+        patch_fields: dict[str, Any] = {"hidden_act": origin.projector_hidden_act, "num_patch_layers": 2}
+        if origin.model_type == "internvl":
+            patch_fields.update(patch_downsample_factor=round(1 / origin.downsample_ratio), patch_layer_norm=True)
+        config = cls.config_class(
+            vision_config=origin.vision_config,
+            text_config=origin.text_config,
+            projector_config={"spatial_variant": spatial_variant, **projector_fields, **patch_fields},
+            **{
+                "image_token_index": origin.image_token_id,
+                "vision_feature_layer": origin.vision_feature_layer,
+                "vision_feature_select_strategy": origin.vision_feature_select_strategy,
+                "image_grid_pinpoints": getattr(origin, "image_grid_pinpoints", None),
+                "tie_word_embeddings": origin.tie_word_embeddings,
+                **config_fields,
+            },
+        )
+        model = cls._from_parts(
+            config,
+            parts.vision_tower,
+            parts.language_model,
+            source.lm_head,
+            source.generation_config,
+            [config.image_token_id],
+        )
+        patch_mlp, theirs = model.model.multi_modal_projector.patch_mlp, parts.multi_modal_projector
+        with torch.no_grad():
+            for layer, linear in zip(patch_mlp.layers, (theirs.linear_1, theirs.linear_2), strict=True):
+                layer.weight.copy_(linear.weight)
+                layer.bias.copy_(linear.bias) if linear.bias is not None else layer.bias.zero_()
+            if config.projector_config.patch_layer_norm:
+                patch_mlp.norm.load_state_dict(theirs.layer_norm.state_dict())
+            if config.image_grid_pinpoints is not None and hasattr(parts, "image_newline"):
+                model.model.image_newline.copy_(parts.image_newline)
+        return model
+
+    @classmethod
+    def _from_parts(
+        cls,
+        config: LlavaSPConfig,
+        vision_tower: PreTrainedModel,
+        language_model: PreTrainedModel,
+        lm_head: nn.Linear,
+        generation_config: GenerationConfig | None,
+        suppress_tokens: list[int],
+    ) -> "LlavaSPForConditionalGeneration":
+        """A model of loaded parts and a new projector, which generates greedily and never the `suppress_tokens`."""
+        dtype, device = lm_head.weight.dtype, lm_head.weight.device
+        for part in (config, config.vision_config, config.text_config, config.projector_config):
+            part.dtype = dtype
+        config.architectures = [cls.__name__]
+        with torch.device("meta"):
+            model = cls(config)
+        expected = type(model.model.language_model)
+        if type(language_model) is not expected:
+            raise ValueError(f"The language model is a {type(language_model).__name__}, expected {expected.__name__}.")
+        model.model.vision_tower, model.model.language_model = vision_tower, language_model
+        model.lm_head = lm_head
+        maybe_install_capturing_hooks(vision_tower)
+        model.model.multi_modal_projector = LlavaSPProjector._from_config(config.projector_config)
+        if config.image_grid_pinpoints is not None:
+            newline = torch.empty(lm_head.weight.shape[1], device=device, dtype=dtype)
+            model.model.image_newline = nn.Parameter(newline)
+            model.model._init_weights(model.model)
+        vision_tower.to(dtype)
+        model.model.multi_modal_projector.to(device, dtype)
+        model.tie_weights()
+
+        special_ids = {name: getattr(generation_config, name, None) for name in SPECIAL_IDS}
+        for name, token_id in special_ids.items():
+            special_ids[name] = getattr(config.text_config, name, None) if token_id is None else token_id
+        model.generation_config = GenerationConfig(
+            **special_ids, do_sample=False, suppress_tokens=sorted(suppress_tokens)
+        )
+        model.eval()
+        try:
+            with torch.no_grad():
+                size = config.tile_size
+                channels = getattr(config.vision_config, "num_channels", 3)
+                model.get_image_features(
+                    torch.zeros(2, channels, size, size, dtype=vision_tower.dtype, device=vision_tower.device)
+                )
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{type(vision_tower).__name__} cannot be the vision tower: its hidden states are not one for each "
+                f"patch of a square grid ({error})."
+            ) from error
+        return model
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, output_attentions: bool = False, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaSPImageFeaturesOutput:
         """See [`LlavaSPModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, output_attentions=output_attentions, **kwargs)
+        return self.model.get_image_features(
+            pixel_values, image_sizes=image_sizes, output_attentions=output_attentions, **kwargs
+        )
 
     @can_return_tuple
     def forward(
@@ -561,6 +1090,7 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -570,7 +1100,8 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Token ids, with a run of `<image>` ids for each image.
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`, *optional*):
-                The processed images of the whole batch, in the order of their placeholders.
+                The processed images of the whole batch, in the order of their placeholders. With tiles of shape
+                `(images, tiles, channels, height, width)`.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for tokens, 0 for padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -579,6 +1110,8 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
                 Keys and values of the tokens before.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, text_hidden_size)`, *optional*):
                 Embeddings in place of `input_ids`.
+            image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+                (height, width) of each image in pixels before it was processed; needed for tiles.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Token ids to predict, -100 where there is nothing to learn. They are shifted by the model.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
@@ -618,6 +1151,7 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            image_sizes=image_sizes,
             return_dict=True,
             **kwargs,
         )
@@ -664,7 +1198,8 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"The prompt is {prompt.shape[1]} tokens long, but the language model has {max_length} positions "
                 "(max_position_embeddings). Shorten the text or pass fewer images: each takes "
-                f"{self.config.projector_config.num_image_tokens} tokens."
+                f"{self.config.projector_config.num_image_tokens} tokens"
+                f"{'' if self.config.image_grid_pinpoints is None else ', and its tiles take more'}."
             )
         if input_ids is not None and inputs_embeds is None and kwargs.get("pixel_values") is None:
             past_key_values, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
@@ -692,31 +1227,60 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
         # The images of one sample must stay together: repeating each image by itself, as for any other input, would
         # give the copies of a sample with two images the first one twice.
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if expand_size > 1 and pixel_values is not None:
+        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")}
+        images = {name: tensor for name, tensor in images.items() if tensor is not None}
+        if expand_size > 1 and "pixel_values" in images:
             inputs_embeds = model_kwargs.get("inputs_embeds")
             placeholder_mask = self.model.get_placeholder_mask(
                 input_ids if inputs_embeds is None else None, inputs_embeds
             )
-            tokens_per_image = self.config.projector_config.num_image_tokens
-            self.model.check_placeholders(placeholder_mask, pixel_values.shape[0], tokens_per_image)
-            placeholders_per_sample = placeholder_mask.sum(dim=1)
-            if (placeholders_per_sample % tokens_per_image).any():
-                raise ValueError(
-                    "Image features and image tokens do not match: the samples have "
-                    f"{placeholders_per_sample.tolist()} image tokens, expected multiples of the {tokens_per_image} "
-                    "that each image takes."
+            if "image_sizes" in images:
+                images["image_sizes"] = torch.as_tensor(images["image_sizes"])
+            images_per_sample = self.count_images(placeholder_mask, **images)
+            images = {
+                name: torch.cat([part.repeat(expand_size, *[1] * (part.ndim - 1)) for part in parts])
+                for name, parts in (
+                    (name, tensor.split(images_per_sample.tolist())) for name, tensor in images.items()
                 )
-            images_per_sample = placeholders_per_sample // tokens_per_image
-            pixel_values = torch.cat(
-                [images.repeat(expand_size, 1, 1, 1) for images in pixel_values.split(images_per_sample.tolist())]
-            )
+            }
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
+        return input_ids, {**model_kwargs, **images}
+
+    def count_images(
+        self, placeholder_mask: torch.Tensor, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        How many of the images belong to each sample.
+
+        Args:
+            placeholder_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Where placeholders are.
+            pixel_values (`torch.Tensor`): The processed images of the whole batch.
+            image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*): (height, width) of each in pixels.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size,)`.
+
+        Raises:
+            ValueError: If the placeholders of a sample are not those of whole images.
+        """
+        layouts = self.model.get_image_layouts(pixel_values, image_sizes)
+        if layouts is None:
+            num_tokens = [self.config.projector_config.num_image_tokens] * len(pixel_values)
+        else:
+            num_tokens = [layout.num_tokens for layout in layouts]
+        self.model.check_placeholders(placeholder_mask, len(pixel_values), num_tokens)
+        placeholders_per_sample = placeholder_mask.sum(dim=1).cpu()
+        sample_ends, image_ends = placeholders_per_sample.cumsum(0), torch.tensor([0, *num_tokens]).cumsum(0)
+        if not torch.isin(sample_ends, image_ends).all():
+            raise ValueError(
+                "Image features and image tokens do not match: the samples have "
+                f"{placeholders_per_sample.tolist()} image tokens, expected those of whole images, which take "
+                f"{num_tokens} tokens."
+            )
+        images_so_far = torch.searchsorted(image_ends, sample_ends)
+        return images_so_far.diff(prepend=images_so_far.new_zeros(1))
 
 
 __all__ = [

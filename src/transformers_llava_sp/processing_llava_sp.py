@@ -13,16 +13,26 @@
 # limitations under the License.
 """Processor class for LLaVA-SP"""
 
+from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
-from transformers import AutoImageProcessor, BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    BatchFeature,
+    LlamaTokenizer,
+    LlavaImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    PreTrainedTokenizerBase,
+)
 from transformers.image_utils import ImageInput, is_valid_image, load_image, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .configuration_llava_sp import copy_hub_modules, count_image_tokens
+from .configuration_llava_sp import ImageLayout, LlavaSPConfig, copy_hub_modules, get_image_layout
 
 
 PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_llava_sp.LlavaSPProcessor"}
@@ -74,6 +84,95 @@ VICUNA_V1_CHAT_TEMPLATE = """\
 {%- endif %}
 """  # noqa: E501
 
+# In front of a language model's own chat template, which has strings as contents: an image for each image part in a
+# message of the user, before the text and each followed by a newline, as the checkpoints are trained.
+IMAGE_PARTS_CHAT_TEMPLATE = """\
+{%- set flat = namespace(messages=[]) %}
+{%- for message in messages %}
+    {%- if message['content'] is string or not message['content'] %}
+        {%- set flat.messages = flat.messages + [message] %}
+    {%- else %}
+        {%- for part in message['content'] if part['type'] != 'text' and (part['type'] != 'image' or message['role'] != 'user') %}
+            {{- raise_exception("A message of the " ~ message['role'] ~ " cannot have a part of type '" ~ part['type'] ~ "': there are text parts, and image parts in messages of the user.") }}
+        {%- endfor %}
+        {%- set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}
+        {%- set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') %}
+        {%- set flat.messages = flat.messages + [dict(message, content='<image>\\n' * (images | length) + text)] %}
+    {%- endif %}
+{%- endfor %}
+{%- set messages = flat.messages %}
+"""  # noqa: E501
+
+
+def make_chat_template(tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
+    """
+    The chat template of a language model's tokenizer, able to take images.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        image_token (`str`): The token that stands for an image.
+
+    Returns:
+        `str`: The tokenizer's own template where it places images by itself, and that behind one that does where it
+        does not; Vicuna's where there is none.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is None:
+        return VICUNA_V1_CHAT_TEMPLATE.replace("<image>", image_token)
+    content = [{"type": "image"}, {"type": "text", "text": "Hello"}]
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=template, tokenize=False
+        )
+    except Exception:  # a template that takes only strings raises anything
+        rendered = ""
+    if rendered.count(image_token) == 1 and rendered.count("Hello") == 1 and "{" not in rendered:
+        return template
+    return IMAGE_PARTS_CHAT_TEMPLATE.replace("<image>", image_token) + template
+
+
+def make_image_processor(
+    image_processor: BaseImageProcessor, image_size: int, image_grid_pinpoints: list | tuple | None = None
+) -> BaseImageProcessor:
+    """
+    An image processor that makes images as LLaVA-SP is trained with, from that of a vision tower.
+
+    Args:
+        image_processor (`BaseImageProcessor`): The vision tower's, whose colours are taken over.
+        image_size (`int`): Side of the images that the vision tower takes, in pixels.
+        image_grid_pinpoints (`list[list[int]]`, *optional*): The resolutions to cut images into tiles at, each as
+            (height, width) in pixels. Without them images are padded to squares.
+
+    Returns:
+        `BaseImageProcessor`: A [`LlavaNextImageProcessor`] or [`LlavaImageProcessor`].
+    """
+    size = {"height": image_size, "width": image_size}
+    settings = {
+        name: getattr(image_processor, name)
+        for name in ("image_mean", "image_std", "rescale_factor", "resample")
+        if getattr(image_processor, name, None) is not None
+    }
+    settings.update(size=size, crop_size=size, do_center_crop=False, do_pad=True)
+    if image_grid_pinpoints is not None:
+        return LlavaNextImageProcessorPil(**settings, image_grid_pinpoints=image_grid_pinpoints)
+    return LlavaImageProcessorPil(**settings)
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = "<image>") -> None:
+    """
+    Make a language model's tokenizer that of a LLaVA-SP model: with the image token, padding, and padding on the left.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer, which is changed.
+        image_token (`str`, *optional*, defaults to `"<image>"`): The token that stands for an image.
+    """
+    tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token if tokenizer.unk_token is None else tokenizer.unk_token
+    tokenizer.padding_side = "left"
+
 
 def is_rgb_array(image: Any) -> bool:
     """Whether an array or tensor holds one RGB image, or several, as uint8: no other needs a guess what it means."""
@@ -91,18 +190,26 @@ class LlavaSPProcessor(ProcessorMixin):
 
     Args:
         image_processor (`BaseImageProcessor`):
-            Processes the images. [`LlavaImageProcessor`] with `do_pad=True` gives the authors' pixels.
+            Processes the images. [`LlavaImageProcessor`] with `do_pad=True` gives the authors' pixels, and
+            [`LlavaNextImageProcessor`] theirs of images in tiles.
         tokenizer (`PreTrainedTokenizerBase`):
             Tokenizes the text; it has the image token as one added token.
         num_spatial_tokens (`int`):
             Number of spatial tokens per image, `config.projector_config.num_spatial_tokens`.
         grid_size (`int`):
             Side of the vision tower's patch grid in patches, `config.projector_config.grid_size`.
+        patch_downsample_factor (`int`, *optional*, defaults to 1):
+            How many patches in each direction make one patch token, `config.projector_config.patch_downsample_factor`.
         chat_template (`str`, *optional*):
-            Jinja template for messages. Defaults to the conversation the released checkpoints were trained with
-            (`vicuna_v1` in the authors' code).
+            Jinja template for messages. Defaults to the tokenizer's own with images added where it has one, else to
+            the conversation the released checkpoints were trained with (`vicuna_v1` in the authors' code).
         image_token (`str`, *optional*, defaults to `"<image>"`):
             The token that stands for an image in the text.
+        image_prefix (`str`, *optional*, defaults to `""`):
+            What stands in front of an image's tokens, such as InternVL's `"<img>"`.
+        image_suffix (`str`, *optional*):
+            What stands behind an image's tokens. Defaults to a space for tokenizers that begin a text with
+            sentencepiece's `▁`, and to nothing for others.
 
     Raises:
         ValueError: If the tokenizer does not have the image token as one token.
@@ -114,11 +221,15 @@ class LlavaSPProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         num_spatial_tokens: int,
         grid_size: int,
+        patch_downsample_factor: int = 1,
         chat_template: str | None = None,
         image_token: str = "<image>",
+        image_prefix: str = "",
+        image_suffix: str | None = None,
     ):
         self.num_spatial_tokens = num_spatial_tokens
         self.grid_size = grid_size
+        self.patch_downsample_factor = patch_downsample_factor
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
@@ -126,14 +237,156 @@ class LlavaSPProcessor(ProcessorMixin):
                 f"The tokenizer does not know the image token {image_token!r}. Add it, and resize the model's "
                 f"embeddings: tokenizer.add_tokens({image_token!r}, special_tokens=True)."
             )
+        self.image_prefix = image_prefix
+        if image_suffix is None:
+            # The authors tokenize the text behind an image as a string of its own, which puts sentencepiece's `▁` in
+            # front of it. The space does the same, for prompts and messages alike.
+            image_suffix = " " if tokenizer.tokenize("a")[0].startswith("▁") else ""
+        self.image_suffix = image_suffix
         if chat_template is None:
-            chat_template = VICUNA_V1_CHAT_TEMPLATE.replace("<image>", image_token)
+            chat_template = make_chat_template(tokenizer, image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model_name_or_path: str | PathLike,
+        text_model_name_or_path: str | PathLike,
+        config: LlavaSPConfig,
+        *,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        vision_kwargs: dict[str, Any] | None = None,
+        text_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "LlavaSPProcessor":
+        """
+        The processor of a model that [`LlavaSPForConditionalGeneration.from_vision_text_pretrained`] made. Images are
+        padded to squares, or cut into tiles where the model has `image_grid_pinpoints`.
+
+        Args:
+            vision_model_name_or_path (`str` or `PathLike`): Folder or Hub id of the vision tower, whose image
+                processor says how colours are scaled.
+            text_model_name_or_path (`str` or `PathLike`): Folder or Hub id of the language model, for its tokenizer.
+            config ([`LlavaSPConfig`]): The model's configuration.
+            chat_template (`str`, *optional*): Jinja template for messages. See [`LlavaSPProcessor`] for the default.
+            image_token (`str`, *optional*, defaults to `"<image>"`): The token that stands for an image.
+            vision_kwargs (`dict[str, Any]`, *optional*): Arguments for loading the image processor alone.
+            text_kwargs (`dict[str, Any]`, *optional*): Arguments for loading the tokenizer alone.
+            kwargs (`dict[str, Any]`, *optional*): Arguments of `from_pretrained` for both, such as `token`.
+
+        Returns:
+            [`LlavaSPProcessor`]: The processor.
+
+        Raises:
+            ValueError: If the tokenizer gives the image token another id than the model has.
+        """
+        image_processor = AutoImageProcessor.from_pretrained(
+            vision_model_name_or_path, backend="pil", **kwargs, **(vision_kwargs or {})
+        )
+        tokenizer_kwargs = {**kwargs, **(text_kwargs or {})}
+        tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, **tokenizer_kwargs)
+        if isinstance(tokenizer, LlamaTokenizer):
+            # The other way to read a sentencepiece model adds a space behind every special token
+            tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, legacy=False, **tokenizer_kwargs)
+        add_image_token(tokenizer, image_token)
+        return cls._from_parts(
+            image_processor, tokenizer, config, chat_template=chat_template, image_token=image_token
+        )
+
+    @classmethod
+    def from_llava(
+        cls,
+        pretrained_model_name_or_path: str | PathLike,
+        config: LlavaSPConfig,
+        *,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> "LlavaSPProcessor":
+        """
+        The processor of a model that [`LlavaSPForConditionalGeneration.from_llava`] made, with the image token of that
+        checkpoint.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `PathLike`): Folder or Hub id of the LLaVA, LLaVA-NeXT or InternVL.
+            config ([`LlavaSPConfig`]): The model's configuration.
+            chat_template (`str`, *optional*): Jinja template for messages. See [`LlavaSPProcessor`] for the default.
+            kwargs (`dict[str, Any]`, *optional*): Arguments of `from_pretrained`.
+
+        Returns:
+            [`LlavaSPProcessor`]: The processor.
+
+        Raises:
+            ValueError: If the tokenizer gives the image token another id than the model has.
+        """
+        image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # InternVL's tokenizer calls it otherwise, and puts it between two more
+        image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        add_image_token(tokenizer, image_token)
+        frame = {}
+        if hasattr(tokenizer, "start_image_token"):
+            frame = {"image_prefix": tokenizer.start_image_token, "image_suffix": tokenizer.end_image_token}
+        return cls._from_parts(
+            image_processor, tokenizer, config, chat_template=chat_template, image_token=image_token, **frame
+        )
+
+    @classmethod
+    def _from_parts(
+        cls,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        config: LlavaSPConfig,
+        **kwargs: Any,
+    ) -> "LlavaSPProcessor":
+        """A processor with what follows from the model's configuration."""
+        projector: Any = config.projector_config
+        text_config: Any = config.text_config
+        tokenizer.model_max_length = text_config.max_position_embeddings
+        processor = cls(
+            make_image_processor(image_processor, config.tile_size, config.image_grid_pinpoints),
+            tokenizer,
+            num_spatial_tokens=projector.num_spatial_tokens,
+            grid_size=projector.grid_size,
+            patch_downsample_factor=projector.patch_downsample_factor,
+            **kwargs,
+        )
+        if processor.image_token_id != config.image_token_id:
+            raise ValueError(
+                f"The tokenizer gives {processor.image_token!r} the id {processor.image_token_id}, but the model has "
+                f"`image_token_id` {config.image_token_id}: pass the model's own language model."
+            )
+        return processor
 
     @property
     def num_image_tokens(self) -> int:
-        """`int`: Number of tokens that one image takes."""
-        return count_image_tokens(self.num_spatial_tokens, self.grid_size)
+        """`int`: Number of tokens that one image takes without tiles."""
+        return self.get_image_layout().num_tokens
+
+    def get_image_layout(self, image_size: Sequence[int] | None = None) -> ImageLayout:
+        """
+        How an image's tokens stand in the sequence.
+
+        Args:
+            image_size (`Sequence[int]`, *optional*): (height, width) of the image in pixels. Without it, the layout
+                is that of a whole image without tiles.
+
+        Returns:
+            [`ImageLayout`]: The layout.
+        """
+        image_processor = self.image_processor
+        pinpoints = getattr(image_processor, "image_grid_pinpoints", None)
+        return get_image_layout(
+            self.num_spatial_tokens,
+            self.grid_size // self.patch_downsample_factor,
+            image_size,
+            pinpoints,
+            0 if pinpoints is None else image_processor.crop_size["height"],
+        )
+
+    @property
+    def _tiles_hint(self) -> str:
+        return ", and its tiles take more" if hasattr(self.image_processor, "image_grid_pinpoints") else ""
 
     @classmethod
     def _get_arguments_from_pretrained(
@@ -289,13 +542,10 @@ class LlavaSPProcessor(ProcessorMixin):
             )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """
-        The text that replaces one `<image>`: the image's run of tokens and a space.
-
-        The authors tokenize the text behind an image as a string of its own, which puts sentencepiece's `▁` in front
-        of it. The space does the same, for prompts and messages alike.
-        """
-        return self.image_token * self.num_image_tokens + " "
+        """The text that replaces one `<image>`: the image's tokens between `image_prefix` and `image_suffix`."""
+        image_sizes = image_inputs.get("image_sizes")
+        layout = self.get_image_layout(None if image_sizes is None else image_sizes[image_idx])
+        return self.image_prefix + self.image_token * layout.num_tokens + self.image_suffix
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
         """
@@ -308,7 +558,9 @@ class LlavaSPProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         return MultiModalData(
-            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+            num_image_tokens=[self.get_image_layout(size).num_tokens for size in image_sizes],
+            # Rows of `pixel_values`: an image's tiles are in one
+            num_image_patches=[1] * len(image_sizes),
         )
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]) -> None:
@@ -321,7 +573,7 @@ class LlavaSPProcessor(ProcessorMixin):
                 raise ValueError(
                     f"Sample {sample} has {int(length)} tokens, but the model takes at most {max_length} "
                     f"(tokenizer.model_max_length). Shorten the text or pass fewer images: each takes "
-                    f"{self.num_image_tokens} tokens."
+                    f"{self.num_image_tokens} tokens{self._tiles_hint}."
                 )
 
 
