@@ -13,6 +13,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_creation import llava, save_with_tokenizer
+from transformers import (
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -24,13 +33,30 @@ DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 FIXTURES = Path(__file__).parent / "fixtures"
 
+
+def save_siglip(folder: Path) -> None:
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=84, patch_size=7
+    )
+    SiglipVisionModel(config).save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 84, "width": 84}).save_pretrained(folder)
+
+
+def save_llava(folder: Path) -> None:
+    model = llava(LlavaConfig, LlavaForConditionalGeneration)
+    save_with_tokenizer(model, folder, 84)
+
+
 # What the documents' names stand for: the bundled miniatures and photos
 FOLDERS = {
     "Levideus/llava-sp-cropping-lora": FIXTURES / "mini-cropping" / "release",
     "Levideus/llava-sp-pooling-lora": FIXTURES / "mini-pooling" / "release",
     "lmsys/vicuna-7b-v1.5": FIXTURES / "mini-cropping" / "base",
+    "Qwen/Qwen2.5-7B-Instruct": FIXTURES / "mini-pooling" / "base",
     "openai/clip-vit-large-patch14-336": FIXTURES / "mini-cropping" / "vision",
 }
+# And tiny models of the kind
+MODELS = {"google/siglip2-large-patch16-384": save_siglip, "llava-hf/llava-1.5-7b-hf": save_llava}
 PHOTOS = {"photo.jpg": "landscape.png", "other.jpg": "portrait.png"}
 
 
@@ -80,6 +106,9 @@ def workspace(tmp_path_factory) -> Path:
         (folder / name).symlink_to(target)
     for name, photo in PHOTOS.items():
         (folder / name).symlink_to(FIXTURES / "mini-cropping" / "golden" / photo)
+    for name, save in MODELS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        save(folder / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in commands_starting_with("llava-sp", "convert"):
@@ -138,6 +167,15 @@ def test_inspect_commands_run(command, workspace, monkeypatch):
     assert "a LLaVA-SP LoRA release" in result.stdout
 
 
+@pytest.mark.parametrize("command", commands_starting_with("llava-sp", "create"), ids=shlex.join)
+def test_create_commands_run(command, workspace, tmp_path, monkeypatch):
+    monkeypatch.chdir(workspace)
+    output = tmp_path / "model"
+    result = CliRunner().invoke(app, ["create", str(output), *command[3:]])
+    assert result.exit_code == 0, result.output
+    AutoModelForImageTextToText.from_pretrained(output)
+
+
 def test_every_command_is_known():
     targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     extras = re.findall(r"^(\w+) = \[", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
@@ -148,7 +186,7 @@ def test_every_command_is_known():
             assert all(extra in extras for extra in re.findall(r"\[(\w+)\]", " ".join(command)))
         else:
             assert command[0] == "llava-sp", f"no test runs {command}"
-            assert command[1] in ("convert", "ask", "inspect"), f"no test runs {command}"
+            assert command[1] in ("convert", "ask", "inspect", "create"), f"no test runs {command}"
 
 
 def test_the_readme_has_what_it_must():

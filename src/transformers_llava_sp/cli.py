@@ -42,6 +42,20 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class SpatialVariant(str, Enum):
+    """How the map of each scale is taken from the patch grid."""
+
+    cropping = "cropping"
+    pooling = "pooling"
+
+
+class ChatTemplate(str, Enum):
+    """The conversation that a model is trained with."""
+
+    auto = "auto"
+    vicuna_v1 = "vicuna_v1"
+
+
 def main() -> None:
     """Run the `llava-sp` command."""
     app()
@@ -103,6 +117,13 @@ def convert(
     vision_tower: Annotated[
         str | None, typer.Option(help="The vision tower, likewise. The one that it names if not given.")
     ] = None,
+    chat_template: Annotated[
+        str,
+        typer.Option(
+            metavar="[vicuna_v1|tokenizer]",
+            help="Conversation format: the one that the authors train with, or the tokenizer's own with images added.",
+        ),
+    ] = "vicuna_v1",
     dtype: Options.Dtype = Dtype.auto,
     max_shard_size: Options.MaxShardSize = "5GB",
     overwrite: Options.Overwrite = False,
@@ -120,10 +141,68 @@ def convert(
             output,
             base_model=base_model,
             vision_tower=vision_tower,
+            chat_template=chat_template,
             dtype=dtype.value,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             verify=verify,
+            push_to_hub=push_to_hub,
+            private=private or None,
+            revision=revision,
+        )
+    typer.echo(report)
+
+
+@app.command()
+def create(
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    vision_tower: Annotated[
+        str | None, typer.Option(help="The vision tower: a folder or a Hub id[@revision].")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="The language model, likewise.")] = None,
+    from_llava: Annotated[
+        str | None,
+        typer.Option(help="Instead of the two, a LLaVA, LLaVA-NeXT or InternVL in Transformers' format, likewise."),
+    ] = None,
+    spatial_variant: Annotated[SpatialVariant, typer.Option(help="How maps are taken from the patch grid.")] = (
+        SpatialVariant.cropping
+    ),
+    detail_integrator: Annotated[bool, typer.Option(help="Attend to detail features.")] = True,
+    image_tiles: Annotated[bool, typer.Option("--image-tiles", help="Cut images into tiles, as the paper does.")] = (
+        False
+    ),
+    vision_feature_layer: Annotated[
+        int | None, typer.Option(help="Which hidden state of the vision tower to read.", show_default="-2")
+    ] = None,
+    chat_template: Annotated[
+        ChatTemplate, typer.Option(help="The conversation: auto is the language model's own where it has one.")
+    ] = ChatTemplate.auto,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    dtype: Options.Dtype = Dtype.auto,
+    max_shard_size: Options.MaxShardSize = "5GB",
+    overwrite: Options.Overwrite = False,
+    push_to_hub: Options.PushToHub = None,
+    private: Options.Private = False,
+    revision: Options.Revision = None,
+) -> None:
+    """Make a model to train, of a vision tower and a language model, or of a LLaVA or InternVL."""
+    with one_line_errors():
+        from .conversion import create_model
+
+        report = create_model(
+            output,
+            vision_tower=vision_tower,
+            base_model=base_model,
+            from_llava=from_llava,
+            spatial_variant=spatial_variant.value,
+            detail_integrator=detail_integrator,
+            image_tiles=image_tiles,
+            vision_feature_layer=vision_feature_layer,
+            chat_template=chat_template.value,
+            seed=seed,
+            dtype=dtype.value,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
             push_to_hub=push_to_hub,
             private=private or None,
             revision=revision,

@@ -15,6 +15,7 @@
 
 from .checkpoint import ConversionError
 from .convert import ConversionReport, convert_checkpoint
+from .create import CreationReport, create_model
 from .inspection import Inspection, inspect_checkpoint
 from .merge import merge_adapter
 
@@ -22,8 +23,10 @@ from .merge import merge_adapter
 __all__ = [
     "ConversionError",
     "ConversionReport",
+    "CreationReport",
     "Inspection",
     "convert_checkpoint",
+    "create_model",
     "inspect_checkpoint",
     "merge_adapter",
 ]
