@@ -191,6 +191,30 @@ def test_prompt_is_the_chat_templates(golden):
     assert code_blocks(section(make_card(), "Prompt"), "text") == [f"{prompt}\n"]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_image_tiles_are_described(variant):
+    config = tiny_config(variant)
+    config.image_grid_pinpoints = [[84, 168], [252, 84]]
+    card = make_card(config)
+    rows = table_rows(card.text)
+    assert rows["image tiles"] == ["of 84 x 84 pixels, in the best-fitting of 84 x 168, 252 x 84 (height x width)"]
+    # Of 252 x 84 pixels, 4 x 6 spatial tokens, the patches of the whole image, and 36 rows of 12 and a separator
+    assert rows["tokens per image"] == [
+        "150: 6 spatial, 144 patch for the whole image; 6 and its patches for each tile, and 1 for each row of "
+        "patches; up to 636 in all"
+    ]
+    assert "\n- An image is seen as a whole and in tiles, and takes up to 636 of these tokens.\n" in card.text
+    assert not re.search(r"\n\n\n|[ \t]\n", card.text)
+
+
+def test_own_chat_template_is_not_called_the_authors():
+    prompt = section(make_card(own_chat_template=True), "Prompt")
+    assert "The chat template in this repository is the language model's own, made to take images." in prompt
+    assert "ASSISTANT" not in prompt
+    assert "\n\nThey evaluate in float16" in prompt
+    assert "language model's own" not in make_card().text
+
+
 def test_pretraining():
     card = make_card(layout=Layout.SP_PRETRAINING.value)
     assert card.text.lstrip().startswith("# LLaVA-SP-Cropping, pre-trained only\n")
@@ -299,6 +323,7 @@ def test_read_license(tmp_path, readme, license):
         ("Levideus/llava-sp-pooling-lora", "cc-by-nc-4.0"),
         ("lmsys/vicuna-7b-v1.5", "llama2"),
         ("lmsys/vicuna-13b-v1.5", "llama2"),
+        ("google/siglip-large-patch16-384", "apache-2.0"),
         ("openai/clip-vit-large-patch14-336", None),
         ("vicuna-7b-v1.5", None),
     ],
@@ -458,6 +483,10 @@ def test_no_numbers_for_other_architectures(part, changes):
 
 def test_no_numbers_for_another_layer_of_the_tower():
     assert "## Results" not in make_card(LlavaSPConfig(vision_feature_layer=-1)).text
+
+
+def test_no_numbers_for_image_tiles():
+    assert "## Results" not in make_card(LlavaSPConfig(image_grid_pinpoints=[[336, 672]])).text
 
 
 def test_other_vocabularies_and_contexts_have_the_numbers():

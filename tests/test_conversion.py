@@ -26,6 +26,8 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 from typer.testing import CliRunner
 
@@ -131,7 +133,15 @@ def random_tensors(shapes, seed=0):
 
 
 def projector_shapes(
-    sizes, pooled=False, detail_kernel=None, bias=False, layers=2, numbers=None, spatial=SPATIAL, vision=VISION
+    sizes,
+    pooled=False,
+    detail_kernel=None,
+    bias=False,
+    layers=2,
+    numbers=None,
+    spatial=SPATIAL,
+    vision=VISION,
+    text=TEXT,
 ):
     """The keys, without prefix, and shapes of a projector as the authors' code writes it."""
     shapes = {}
@@ -146,13 +156,13 @@ def projector_shapes(
             shapes[f"{name}_projector.0.weight"] = shapes[f"{name}_projector.0.bias"] = (spatial,)
             shapes[f"{name}_projector.1.weight"] = (spatial, spatial)
             shapes[f"{name}_projector.1.bias"] = (spatial,)
-    shapes["conv_linear.1.weight"] = (TEXT, width)
+    shapes["conv_linear.1.weight"] = (text, width)
     if bias:
-        shapes["conv_linear.1.bias"] = (TEXT,)
+        shapes["conv_linear.1.bias"] = (text,)
     for layer in range(layers or 1):
         position = f".{2 * layer}" if layers is not None else ""
-        shapes[f"mm_projector{position}.weight"] = (TEXT, TEXT if layer else vision)
-        shapes[f"mm_projector{position}.bias"] = (TEXT,)
+        shapes[f"mm_projector{position}.weight"] = (text, text if layer else vision)
+        shapes[f"mm_projector{position}.bias"] = (text,)
     return {PREFIX + key: shape for key, shape in shapes.items()}
 
 
@@ -985,6 +995,7 @@ def test_inspection_of_a_release(inputs, monkeypatch):
         "spatial_projection_bias": True,
         "num_patch_layers": 2,
         "image_tokens": 582,
+        "image_grid_pinpoints": None,
         "images": "padded to squares",
         "vision_tower": "openai/clip-vit-large-patch14-336",
         "base_model": "lmsys/vicuna-7b-v1.5",
@@ -1168,6 +1179,41 @@ def emptied(part):
     return change
 
 
+def tiles(**changes):
+    """The checkpoint as one of images in tiles, but for the changes of its configuration."""
+    settings = {
+        "image_aspect_ratio": "anyres",
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_grid_pinpoints": [[336, 672], [672, 336]],
+    }
+
+    def change(inputs):
+        with_tensors("projector", **{f"{PREFIX}image_newline": (TEXT,)})(inputs)
+        edit_release(**{**settings, **changes})(inputs)
+
+    return change
+
+
+def siglip_tower(**changes):
+    """The vision tower replaced by a SigLIP of the same width and patch grid, but for the changes."""
+
+    def change(inputs):
+        vision = json.loads((inputs.tower / "config.json").read_text())["vision_config"]
+        vision.pop("projection_dim")
+        config = SiglipVisionConfig(**{**vision, "model_type": "siglip_vision_model", **changes})
+        weights = SiglipVisionModel(config).state_dict()
+        inputs.write_tower({f"vision_model.{key.removeprefix('vision_model.')}": weights[key] for key in weights})
+        (inputs.tower / "config.json").write_text(json.dumps(config.to_dict()))
+        write_json(
+            inputs.tower / "preprocessor_config.json",
+            size={"height": config.image_size, "width": config.image_size},
+            **dict.fromkeys(("crop_size", "do_center_crop", "feature_extractor_type"), ...),
+            image_processor_type="SiglipImageProcessor",
+        )
+
+    return change
+
+
 def both(*changes):
     return lambda inputs: [change(inputs) for change in changes]
 
@@ -1268,7 +1314,10 @@ REFUSALS = {
     ),
     "empty-checkpoint": (emptied("release"), "checkpoint .*release is an empty folder"),
     "empty-base": (emptied("base"), "base model .*base is an empty folder, expected a text-only language model"),
-    "empty-tower": (emptied("tower"), "vision tower .*vision is an empty folder, expected a CLIP checkpoint"),
+    "empty-tower": (
+        emptied("tower"),
+        "vision tower .*vision is an empty folder, expected a CLIP checkpoint or a SigLIP",
+    ),
     "notes": (both(emptied("release"), content("release", "notes.txt", b"hello")), "neither weights nor an adapter"),
     "other-model": (replaced("release", {}, ["bert.encoder.weight"]), "is a checkpoint of some other model"),
     "no-checkpoint": (
@@ -1285,18 +1334,93 @@ REFUSALS = {
         "base model .* is a LLaVA-SP LoRA release",
     ),
     "base-as-tower": (lambda inputs: setattr(inputs, "tower", inputs.base), "tower .* is a text-only language model"),
-    "siglip-tower": (
+    "tower-without-its-class-token": (
         without("tower", "vision_model.embeddings.class_embedding"),
-        "vision tower .* is a SigLIP checkpoint, .*Only checkpoints with a CLIP vision tower",
+        "vision do not fit its config.json: missing 'model.vision_tower.embeddings.class_embedding'",
+    ),
+    "clip-called-siglip": (
+        edit("tower", "config.json", model_type="siglip"),
+        "vision do not fit its config.json: missing 'model.vision_tower.embeddings.patch_embedding.bias'",
+    ),
+    "siglip-of-more-patches": (
+        siglip_tower(image_size=336, patch_size=12),
+        "largest spatial kernel is 24x24.* but this one has 28x28.*names 'openai/clip-vit-large-patch14-336'",
+    ),
+    "siglip-of-fewer-patches": (
+        siglip_tower(image_size=336, patch_size=16),
+        "largest spatial kernel is 24x24.* but this one has 21x21.*names 'openai/clip-vit-large-patch14-336'",
+    ),
+    "siglip-of-another-width": (
+        siglip_tower(hidden_size=24),
+        r"\(mm_hidden_size\) takes vision features of width 16, but the vision tower's have width 24",
+    ),
+    "siglip-with-a-preprocessor-of-another-size": (
+        both(siglip_tower(), edit("tower", "preprocessor_config.json", size={"height": 224, "width": 224})),
+        r"makes images of \(224, 224\) pixels, but the vision tower takes \(336, 336\)",
     ),
     "chinese-clip-tower": (
         edit("tower", "config.json", model_type="chinese_clip"),
-        "model_type is 'chinese_clip', expected 'clip' or 'clip_vision_model'",
+        "model_type is 'chinese_clip', expected 'clip', 'clip_vision_model', 'siglip', 'siglip_vision_model'",
     ),
     # config.json of the release
-    "anyres": (
-        edit_release(image_aspect_ratio="anyres", mm_patch_merge_type="spatial_unpad"),
-        "image_aspect_ratio is 'anyres': this checkpoint cuts images into tiles",
+    "anyres-max": (
+        tiles(image_aspect_ratio="anyres_max_9"),
+        "release/config.json: image_aspect_ratio is 'anyres_max_9': .*expected 'anyres'",
+    ),
+    "tiles-not-unpadded": (
+        tiles(mm_patch_merge_type="spatial"),
+        "release/config.json: mm_patch_merge_type is 'spatial': with image tiles, expected 'spatial_unpad'",
+    ),
+    "tiles-flat": (
+        tiles(mm_patch_merge_type=...),
+        "release/config.json: mm_patch_merge_type is 'flat': with image tiles, expected 'spatial_unpad'",
+    ),
+    **{
+        f"pinpoints-{name}": (
+            tiles(image_grid_pinpoints=value),
+            "release/config.json: image_grid_pinpoints is .*: with image_aspect_ratio 'anyres', expected a list of",
+        )
+        for name, value in {
+            "absent": ...,
+            "null": None,
+            "empty": [],
+            "of-three": [[336, 672, 3]],
+            "of-fractions": [[336.5, 672]],
+            "of-texts": [["336", "672"]],
+            "of-numbers": [336, 672],
+            "zero": [[336, 0]],
+            "negative": [[336, -672]],
+            "number": 336,
+            "text": "(1x1),...,(6x6)",
+            "text-of-a-number": "336",
+            "text-that-calls": "__import__('os').getcwd()",
+        }.items()
+    },
+    "pinpoints-of-another-tower": (
+        tiles(image_grid_pinpoints=[[336, 672], [384, 768]]),
+        r"release/config.json: image_grid_pinpoints has \[384, 768\], expected multiples of 336 pixels.*vision tower",
+    ),
+    "pinpoints-smaller-than-the-tower": (
+        tiles(image_grid_pinpoints=[[168, 336]]),
+        r"release/config.json: image_grid_pinpoints has \[168, 336\], expected multiples of 336 pixels",
+    ),
+    "tiles-without-a-separator": (
+        both(tiles(), without("projector", f"{PREFIX}image_newline")),
+        "non_lora_trainables.bin lacks 'base_model.model.model.image_newline', which a checkpoint with image tiles",
+    ),
+    "separator-of-another-shape": (
+        both(tiles(), reshaped("projector", f"{PREFIX}image_newline", 1, TEXT)),
+        r"trainables.bin: 'base_model.model.model.image_newline' has shape \(1, 32\), expected \(32,\)",
+    ),
+    "separator-nan": (
+        both(tiles(), filled("projector", f"{PREFIX}image_newline", float("nan"))),
+        "trainables.bin: 'base_model.model.model.image_newline' has values that are NaN or infinite",
+    ),
+    "separator-of-integers": (
+        both(
+            tiles(), edit_tensors("projector", lambda t: t.update({f"{PREFIX}image_newline": torch.ones(TEXT).int()}))
+        ),
+        "image_newline' is torch.int32, expected floating point numbers",
     ),
     "unpad-without-anyres": (
         edit_release(mm_patch_merge_type="spatial_unpad"),

@@ -37,6 +37,7 @@ KNOWN_LICENSES = {
     "Levideus/llava-sp-pooling-lora": "cc-by-nc-4.0",
     "lmsys/vicuna-7b-v1.5": "llama2",
     "lmsys/vicuna-13b-v1.5": "llama2",
+    "google/siglip-large-patch16-384": "apache-2.0",
 }
 NON_COMMERCIAL_LICENSE = "cc-by-nc-4.0"
 
@@ -192,11 +193,16 @@ transformers-llava-sp is installed, `import transformers_llava_sp` takes its pla
 The image and a newline, and nothing else: `<image>` + `\\n`, as in pre-training. The chat template in this repository
 is for models that are fine-tuned from this one.
 {%- else %}
+{%- if own_chat_template %}
+The chat template in this repository is the language model's own, made to take images. The authors train and evaluate
+with another conversation, which they call `vicuna_v1`.
+{%- else %}
 The authors evaluate with the conversation they call `vicuna_v1`. The chat template in this repository writes it:
 
 ```text
 {{ prompt }}
 ```
+{%- endif %}
 
 They evaluate in float16, greedily, with one beam; greedy is the default here too.
 {%- endif %}
@@ -205,6 +211,9 @@ They evaluate in float16, greedily, with one beam; greedy is the default here to
 
 - A conversation, images included, has at most {{ text.max_position_embeddings }} tokens.
   The processor refuses a longer one; it never cuts it.
+{%- if tiles %}
+- An image is seen as a whole and in tiles, and takes up to {{ max_image_tokens }} of these tokens.
+{%- endif %}
 - Images come before the text of their turn, as in training. The authors train with one image in a turn.
 {%- if paper_rows %}
 
@@ -345,6 +354,7 @@ def make_model_card(
     command: str,
     notes: Sequence[str] = (),
     repo_id: str | None = None,
+    own_chat_template: bool = False,
 ) -> ModelCard:
     """
     The model card of a converted repository. The same arguments give the same text, with the same libraries installed.
@@ -360,6 +370,8 @@ def make_model_card(
         notes (`Sequence[str]`, *optional*): Sentences on what the conversion dropped or added.
         repo_id (`str`, *optional*): Where it is going to be published, for the usage examples. They load the folder
             that the card lies in by default.
+        own_chat_template (`bool`, *optional*, defaults to `False`): Whether the chat template is the language model's
+            own, not `vicuna_v1`.
 
     Returns:
         `ModelCard`: The card, to be saved as README.md.
@@ -393,6 +405,9 @@ def make_model_card(
         variant_text=VARIANT_TEXTS[projector.spatial_variant],
         model=repo_id or ".",
         prompt=PROMPT,
+        own_chat_template=own_chat_template,
+        tiles=config.image_grid_pinpoints is not None,
+        max_image_tokens=count_image_tokens(config),
         benchmarks=BENCHMARKS,
         paper_rows=[(name, PAPER_RESULTS[name]) for name in (PAPER_BASELINE, title)]
         if layout in FINE_TUNED_LAYOUTS and "adapter" not in roles and has_paper_architecture(config)
@@ -422,6 +437,16 @@ def part_sizes(config: LlavaSPConfig) -> dict[str, str]:
     detail = "none"
     if projector.use_detail_integrator:
         detail = f"{projector.num_detail_tokens} (kernel {kernel}, stride {projector.detail_stride})"
+    num_spatial, num_patch = projector.num_spatial_tokens, projector.num_patch_tokens
+    tokens = f"{projector.num_image_tokens}: {num_spatial} spatial, {num_patch} patch"
+    tiles = {}
+    if config.image_grid_pinpoints is not None:
+        resolutions = ", ".join(f"{height} x {width}" for height, width in config.image_grid_pinpoints)
+        tiles["image tiles"] = f"of {image} pixels, in the best-fitting of {resolutions} (height x width)"
+        tokens += (
+            f" for the whole image; {num_spatial} and its patches for each tile, and 1 for each row of patches; up to "
+            f"{count_image_tokens(config)} in all"
+        )
     return {
         "vision tower": (
             f"`{vision.model_type}`, {vision.num_hidden_layers} layers, width {vision.hidden_size}; images of {image} "
@@ -429,14 +454,19 @@ def part_sizes(config: LlavaSPConfig) -> dict[str, str]:
         ),
         "spatial tokens": f"{projector.num_spatial_tokens}, one for each scale: {scales}",
         "detail features": detail,
-        "tokens per image": (
-            f"{projector.num_image_tokens}: {projector.num_spatial_tokens} spatial, {projector.num_patch_tokens} patch"
-        ),
+        **tiles,
+        "tokens per image": tokens,
         "language model": (
             f"`{text.model_type}`, {text.num_hidden_layers} layers, width {text.hidden_size}, {text.vocab_size} "
             f"embeddings, {text.max_position_embeddings} tokens of context"
         ),
     }
+
+
+def count_image_tokens(config: LlavaSPConfig) -> int:
+    """How many tokens an image takes: in tiles, at most, which an image does that fills one of the resolutions."""
+    pinpoints: Sequence = config.image_grid_pinpoints or [None]
+    return max(config.get_image_layout(pinpoint).num_tokens for pinpoint in pinpoints)
 
 
 def common_license(sources: Sequence[Provenance]) -> str:
@@ -465,7 +495,8 @@ def license_text(source: Provenance) -> str:
 def has_paper_architecture(config: LlavaSPConfig) -> bool:
     """Whether a model is built as the 7B models of the paper are, of either variant."""
     released = LlavaSPConfig()
-    return config.vision_feature_layer == released.vision_feature_layer and all(
+    names = ("vision_feature_layer", "image_grid_pinpoints")
+    return all(getattr(config, name) == getattr(released, name) for name in names) and all(
         getattr(getattr(config, part), name) == getattr(getattr(released, part), name)
         for part, names in PAPER_FIELDS.items()
         for name in names

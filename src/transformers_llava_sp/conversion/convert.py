@@ -26,9 +26,11 @@ import torch
 from transformers.utils.logging import tqdm
 
 from ..configuration_llava_sp import LlavaSPConfig
-from .card import Provenance, make_model_card, read_license
+from ..processing_llava_sp import VICUNA_V1_CHAT_TEMPLATE
+from .card import Provenance, count_image_tokens, make_model_card, read_license
 from .checkpoint import ConversionError, resolve_source
 from .original import Layout
+from .parts import CHAT_TEMPLATES
 from .plan import DTYPES, ConversionPlan, plan_conversion
 from .push import check_repo_id, push_folder
 from .staging import check_free_space, check_output, staged
@@ -84,7 +86,8 @@ class ConversionReport:
             f"{'Merged an adapter into its model' if is_merge(self.layout) else f'Converted {self.layout.value}'} "
             f"to {self.output}",
             f"  variant: {projector.spatial_variant}, scales {scales}, {detail}",
-            f"  tokens per image: {projector.num_spatial_tokens} spatial + {projector.num_patch_tokens} patch",
+            f"  tokens per image: {projector.num_spatial_tokens} spatial + {projector.num_patch_tokens} patch"
+            + (f", up to {count_image_tokens(self.config)} with tiles" if self.config.image_grid_pinpoints else ""),
             f"  parameters: {self.num_parameters:,} in {str(self.dtype).removeprefix('torch.')}",
             f"  weights merged with the LoRA adapter: {self.num_merged_weights}",
             f"  tensors without use dropped: {len(self.dropped_keys)}",
@@ -143,6 +146,7 @@ def convert_checkpoint(
     *,
     base_model: str | Path | None = None,
     vision_tower: str | Path | None = None,
+    chat_template: str = "vicuna_v1",
     dtype: str = "auto",
     max_shard_size: str = DEFAULT_MAX_SHARD_SIZE,
     overwrite: bool = False,
@@ -164,6 +168,9 @@ def convert_checkpoint(
             the one that the checkpoint names; a full checkpoint needs none.
         vision_tower (`str` or `Path`, *optional*): The vision tower that the projector was trained with, likewise.
             Defaults to the one that the checkpoint names, with the weights that a full checkpoint holds of it.
+        chat_template (`str`, *optional*, defaults to `"vicuna_v1"`): The conversation format of the result:
+            `"vicuna_v1"`, which the authors train and evaluate with, or `"tokenizer"` for the tokenizer's own, to
+            which images are added.
         dtype (`str`, *optional*, defaults to `"auto"`): Of all weights written: `"float32"`, `"float16"`,
             `"bfloat16"`, or `"auto"` for the one that the language model's weights are stored in.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`): Size of the largest file of weights.
@@ -185,19 +192,25 @@ def convert_checkpoint(
     """
     options = WriteOptions(dtype, max_shard_size, overwrite, verify, push_to_hub, private, revision)
     options.check()
+    if chat_template not in CHAT_TEMPLATES:
+        raise ConversionError(
+            f"Unknown chat template {chat_template!r}: expected {' or '.join(map(repr, CHAT_TEMPLATES))}."
+        )
     output = Path(output)
     check_output(output, [], overwrite)
     stopwatch = Stopwatch()
     with stopwatch.measure("planning"):
         source = resolve_source(checkpoint, "checkpoint")
         check_output(output, [source.folder], overwrite)
-        plan = plan_conversion(source, base_model, vision_tower, dtype)
+        plan = plan_conversion(source, base_model, vision_tower, dtype, chat_template)
     arguments = ["convert", str(source)]
     for option, folder in (("--base-model", base_model), ("--vision-tower", vision_tower)):
         role = option.removeprefix("--").replace("-", " ")
         if folder is not None:
             named = [used for used in plan.input_files if used.role == role]
             arguments += [option, str(named[0] if named else Path(folder).name)]
+    if chat_template != "vicuna_v1":
+        arguments += ["--chat-template", chat_template]
     return write_model(plan, output, options, arguments, stopwatch)
 
 
@@ -245,6 +258,7 @@ def write_model(
             command=command_line(arguments, options),
             notes=plan.notes,
             repo_id=options.push_to_hub,
+            own_chat_template=plan.processor.chat_template != VICUNA_V1_CHAT_TEMPLATE,
         )
         card.save(folder / "README.md")
     commit_url = None

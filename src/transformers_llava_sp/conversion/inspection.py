@@ -23,7 +23,7 @@ from ..configuration_llava_sp import LlavaSPConfig, LlavaSPProjectorConfig
 from .checkpoint import ConversionError, TensorFiles, read_json, resolve_source
 from .lora import LoraAdapter
 from .original import MODEL_WEIGHTS, Layout, OriginalConfig, identify_layout
-from .plan import OriginalWeights
+from .plan import OriginalWeights, find_image_newline
 from .projector import read_projector
 
 
@@ -51,6 +51,8 @@ class Inspection:
         spatial_projection_bias (`bool`, *optional*): Whether the spatial tokens' projection has a bias.
         num_patch_layers (`int`, *optional*): Layers of the patch path.
         image_tokens (`int`, *optional*): Tokens for one image, spatial and patch.
+        image_grid_pinpoints (`list[list[int]]`, *optional*): The resolutions that images are cut into tiles at, each
+            as (height, width) in pixels. Then `image_tokens` are those of the whole image, and its tiles take more.
         images (`str`, *optional*): What is done to the images first.
         vision_tower (`str`, *optional*): The tower that it names.
         base_model (`str`, *optional*): The base model that it names.
@@ -77,6 +79,7 @@ class Inspection:
     spatial_projection_bias: bool | None = None
     num_patch_layers: int | None = None
     image_tokens: int | None = None
+    image_grid_pinpoints: list[list[int]] | None = None
     images: str | None = None
     vision_tower: str | None = None
     base_model: str | None = None
@@ -98,6 +101,9 @@ class Inspection:
             if self.detail_integrator:
                 size = self.detail_kernel_size
                 detail = f"{self.num_detail_tokens} features, kernel {size}x{size}"
+            tokens = str(self.image_tokens)
+            if self.image_grid_pinpoints is not None:
+                tokens += " for the whole image; its tiles take more"
             rows += [
                 ("variant", self.variant),
                 ("scales", ", ".join(map(str, self.spatial_scales or []))),
@@ -110,12 +116,16 @@ class Inspection:
                 ("patch grid", f"{self.grid_size}x{self.grid_size}"),
                 ("patch path", f"{self.num_patch_layers} layer{'s' * (self.num_patch_layers != 1)}"),
                 ("projection bias", "yes" if self.spatial_projection_bias else "no"),
-                ("tokens per image", str(self.image_tokens)),
+                ("tokens per image", tokens),
             ]
+        images = self.images
+        if self.image_grid_pinpoints is not None:
+            resolutions = ", ".join(f"{height}x{width}" for height, width in self.image_grid_pinpoints)
+            images = f"{images}, in the best-fitting of {resolutions} (height x width)"
         rows += [
             (name, str(value))
             for name, value in (
-                ("images", self.images),
+                ("images", images),
                 ("vision tower", self.vision_tower),
                 ("base model", self.base_model),
             )
@@ -144,6 +154,11 @@ class Inspection:
         self.spatial_projection_bias = config.spatial_projection_bias
         self.num_patch_layers = config.num_patch_layers
         self.image_tokens = config.num_image_tokens
+
+    def describe_tiles(self, image_grid_pinpoints: list[list[int]]) -> None:
+        """Take over what images are cut into tiles at."""
+        self.image_grid_pinpoints = image_grid_pinpoints
+        self.images = "cut into tiles"
 
     def describe_adapter(self, adapter: LoraAdapter) -> None:
         """Take over what an adapter is."""
@@ -184,7 +199,10 @@ def inspect_checkpoint(checkpoint: str | Path) -> Inspection:
         inspect_original(inspection, folder, layout, attempt)
     elif layout is Layout.CONVERTED:
         if LlavaSPConfig.model_type == read_json(folder / "config.json").get("model_type"):
-            inspection.describe_projector(LlavaSPConfig.from_pretrained(folder).projector_config)
+            config = LlavaSPConfig.from_pretrained(folder)
+            inspection.describe_projector(config.projector_config)
+            if config.image_grid_pinpoints is not None:
+                inspection.describe_tiles(config.image_grid_pinpoints)
         weights = TensorFiles.from_folder(folder, MODEL_WEIGHTS)
         inspection.parameters = count_parameters(weights)
         inspection.problems.append("It is converted already: load it as it is.")
@@ -217,23 +235,23 @@ def inspect_original(
     if original_config is not None:
         inspection.vision_tower = original_config.vision_tower
         inspection.base_model = original_config.base_model if layout is not Layout.SP_FULL else None
-        inspection.images = (
-            "cut into tiles"
-            if original_config.image_tiles
-            else "padded to squares"
-            if original_config.pad_to_square
-            else "resized and cropped at the centre"
-        )
-        if original_config.image_tiles:
-            inspection.problems.append("Images are cut into tiles (anyres), which cannot be converted yet.")
+        if original_config.image_grid_pinpoints is not None:
+            inspection.describe_tiles(original_config.image_grid_pinpoints)
+        elif original_config.pad_to_square:
+            inspection.images = "padded to squares"
+        else:
+            inspection.images = "resized and cropped at the centre"
     original = attempt(lambda: OriginalWeights.from_folder(folder, layout))
     if original is None:
         return
     if original_config is not None:
-        tensors = original.without_image_newline() if original_config.image_tiles else original.projector
+        has_tiles = original_config.image_grid_pinpoints is not None
+        tensors = original.without_image_newline() if has_tiles else original.projector
         found = attempt(lambda: read_projector(tensors, original.projector_prefix, original_config))
         if found is not None:
             inspection.describe_projector(found[0])
+            if has_tiles:
+                attempt(lambda: find_image_newline(original, layout, found[0].text_hidden_size))
     inspection.parameters["projector"] = sum(tensor.numel() for tensor in original.projector.values())
     if original.adapter is not None:
         inspection.describe_adapter(original.adapter)

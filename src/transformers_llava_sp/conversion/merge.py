@@ -101,7 +101,7 @@ def plan_merge(adapter_name: str | Path, base_model: str | Path | None, dtype: s
     source = resolve_source(adapter_name, "adapter")
     # An adapter of the head alone cannot be told from a language model's; its keys are checked against the model's
     if identify_layout(source.folder) is not Layout.ADAPTER:
-        check_layout(source.folder, "adapter", Layout.OUR_ADAPTER, "Convert the authors' with `llava-sp convert`.")
+        check_layout(source.folder, "adapter", [Layout.OUR_ADAPTER], "Convert the authors' with `llava-sp convert`.")
     adapter = LoraAdapter(source.folder, replacements=True)
     if base_model is None and adapter.base_model is None:
         raise ConversionError(f"{adapter.config_file} names no base model: pass it with --base-model.")
@@ -113,7 +113,7 @@ def plan_merge(adapter_name: str | Path, base_model: str | Path | None, dtype: s
         "LLaVA-SP model",
         advice="" if base_model is not None else f"{adapter.config_file} names it; pass yours with --base-model.",
     )
-    check_layout(base.folder, "LLaVA-SP model", Layout.CONVERTED, "Pass the model that the adapter was trained on.")
+    check_layout(base.folder, "LLaVA-SP model", [Layout.CONVERTED], "Pass the model that the adapter was trained on.")
     weights = TensorFiles.from_folder(base.folder, MODEL_WEIGHTS)
     try:
         config = LlavaSPConfig.from_pretrained(base.folder)

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The layout of the LLaVA-SP authors' checkpoints: which key is what, and which architecture a checkpoint has"""
 
+import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,13 +48,16 @@ VISION_TOWER_KEYS: dict[str, str | None] = {
     # The other half of a contrastive checkpoint, and what joins the two
     r"text_model\..+": None,
     r"(?:visual|text)_projection\..+": None,
-    r"logit_scale": None,
+    r"logit_(?:scale|bias)": None,
+    # What SigLIP makes one feature of the whole image with
+    r"(?:vision_model\.)?head\..+": None,
     r"(?:vision_model\.)?(.+)": r"model.vision_tower.\1",
 }
 # Of a full checkpoint, what is the language model's; all else that is not the tower's is the projector's
 LANGUAGE_MODEL_KEY = re.compile(r"lm_head\..+|model\.(embed_tokens|layers|norm)\..+")
-# Only checkpoints with image tiles have it
+# Only checkpoints with image tiles have it; their pre-training never stores it
 IMAGE_NEWLINE_KEY = "image_newline"
+OUR_IMAGE_NEWLINE_KEY = "model.image_newline"
 # Behind their prefix. `{number}` is a mere name: the 224 pixel variant calls kernels of size 2, 4, ... conv_1, conv_2,
 # ...; `{scale}` is the kernel's place among the sizes. `{position}` is 0, 2, ...: it counts the activations too.
 PROJECTOR_KEYS = {
@@ -217,7 +221,8 @@ class OriginalConfig:
         vision_feature_layer (`int`): Which of its hidden states is read.
         num_patch_layers (`int`, *optional*): Layers of the patch MLP, `None` for a single one without an index.
         pad_to_square (`bool`): Whether images are padded to squares.
-        image_tiles (`bool`): Whether images are cut into tiles.
+        image_grid_pinpoints (`list[list[int]]`, *optional*): The resolutions that images are cut into tiles at, each
+            as (height, width) in pixels, in the authors' order. `None` if they are not.
     """
 
     base_model: str | None
@@ -226,7 +231,7 @@ class OriginalConfig:
     vision_feature_layer: int
     num_patch_layers: int | None
     pad_to_square: bool
-    image_tiles: bool
+    image_grid_pinpoints: list[list[int]] | None
 
     @classmethod
     def from_file(cls, path: Path) -> "OriginalConfig":
@@ -247,7 +252,16 @@ class OriginalConfig:
         aspect_ratio = config.get("image_aspect_ratio")
         if aspect_ratio is not None and not isinstance(aspect_ratio, str):
             raise refuse("image_aspect_ratio", aspect_ratio, "expected a string such as 'pad'")
-        image_tiles = aspect_ratio is not None and aspect_ratio.startswith("anyres")
+        image_tiles = aspect_ratio == "anyres"
+        if aspect_ratio is not None and aspect_ratio.startswith("anyres") and not image_tiles:
+            raise refuse("image_aspect_ratio", aspect_ratio, "of the ways to cut images into tiles, expected 'anyres'")
+        pinpoints = read_pinpoints(config.get("image_grid_pinpoints")) if image_tiles else None
+        if image_tiles and pinpoints is None:
+            raise refuse(
+                "image_grid_pinpoints",
+                config.get("image_grid_pinpoints"),
+                "with image_aspect_ratio 'anyres', expected a list of resolutions [width, height] in pixels",
+            )
         merge_type = config.get("mm_patch_merge_type", "flat")
         if image_tiles and merge_type != "spatial_unpad":
             raise refuse("mm_patch_merge_type", merge_type, "with image tiles, expected 'spatial_unpad'")
@@ -299,5 +313,32 @@ class OriginalConfig:
             vision_feature_layer=layer,
             num_patch_layers=int(match[1]) if match else None,
             pad_to_square=aspect_ratio == "pad",
-            image_tiles=image_tiles,
+            image_grid_pinpoints=pinpoints,
         )
+
+
+def read_pinpoints(stated: Any) -> list[list[int]] | None:
+    """
+    The resolutions that images are cut into tiles at.
+
+    Args:
+        stated (`Any`): The value of `image_grid_pinpoints` in config.json: pairs of (width, height), or text that
+            stands for them, as the authors' training writes it.
+
+    Returns:
+        `list[list[int]]`: Pairs of (height, width), as Transformers has them, in the same order; `None` if the value
+        is something else.
+    """
+    if isinstance(stated, str):
+        try:
+            stated = ast.literal_eval(stated)
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            return None
+    if not isinstance(stated, (list, tuple)) or not stated:
+        return None
+    for pair in stated:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            return None
+        if any(type(side) is not int or side < 1 for side in pair):
+            return None
+    return [[height, width] for width, height in stated]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
@@ -31,10 +32,18 @@ from transformers import (
     LlavaImageProcessorPil,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    SiglipConfig,
+    SiglipVisionConfig,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_llava_sp import LlavaSPProjectorConfig, vision_grid_size
+from ..processing_llava_sp import (
+    VICUNA_V1_CHAT_TEMPLATE,
+    add_image_token,
+    make_chat_template,
+    make_image_processor,
+)
 from .checkpoint import ConversionError, read_json
 from .original import OriginalConfig
 
@@ -43,6 +52,17 @@ from .original import OriginalConfig
 CONFIG_ERRORS = (OSError, ValueError, TypeError, StrictDataclassError)
 
 IMAGE_TOKEN = "<image>"
+
+# The conversation that the authors evaluate with, or that of the tokenizer
+CHAT_TEMPLATES = ("vicuna_v1", "tokenizer")
+
+# The vision towers that the authors' code can have, whole or as one half of a contrastive model
+VISION_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    CLIPConfig.model_type: CLIPVisionConfig,
+    CLIPVisionConfig.model_type: CLIPVisionConfig,
+    SiglipConfig.model_type: SiglipVisionConfig,
+    SiglipVisionConfig.model_type: SiglipVisionConfig,
+}
 
 # What must agree between the configurations of release and base model, as far as the release states it
 ARCHITECTURE_FIELDS = (
@@ -55,6 +75,7 @@ ARCHITECTURE_FIELDS = (
     "hidden_act",
     "rms_norm_eps",
     "rope_parameters",
+    "sliding_window",
     "tie_word_embeddings",
 )
 # As Transformers 4 calls them
@@ -151,17 +172,22 @@ def read_vision_config(folder: Path) -> PreTrainedConfig:
     """The vision tower's configuration, from its own or that of the contrastive model it is one half of."""
     file = folder / "config.json"
     model_type = read_json(file).get("model_type")
-    if model_type not in (CLIPConfig.model_type, CLIPVisionConfig.model_type):
+    if model_type not in VISION_CONFIGS:
         raise ConversionError(
-            f"{file}: model_type is {model_type!r}, expected {CLIPConfig.model_type!r} or "
-            f"{CLIPVisionConfig.model_type!r}. Pass the vision tower that the checkpoint was trained with."
+            f"{file}: model_type is {model_type!r}, expected {', '.join(map(repr, VISION_CONFIGS))}. Pass the vision "
+            "tower that the checkpoint was trained with."
         )
+    config_class = VISION_CONFIGS[model_type]
     try:
-        config = CLIPVisionConfig.from_pretrained(folder)
+        config = config_class.from_pretrained(folder)
         vision_grid_size(config)
     except CONFIG_ERRORS as error:
         raise ConversionError(f"{file} does not describe a vision tower: {error}") from error
-    return CLIPVisionConfig(**declared_fields(config))
+    config = config_class(**declared_fields(config))
+    if isinstance(config, SiglipVisionConfig):
+        # Its feature of the whole image, which the patches do not depend on, would be weights without use
+        config.vision_use_head = False
+    return config
 
 
 def check_widths(
@@ -186,6 +212,26 @@ def check_widths(
             f"The checkpoint's projector makes tokens of width {projector_config.text_hidden_size}, but the base "
             f"model's have width {text_config.hidden_size}. Pass the base model that the checkpoint was trained on."
         )
+
+
+def check_pinpoints(file: Path, image_grid_pinpoints: list[list[int]], tile_size: int) -> None:
+    """
+    Check that the vision tower takes what images are cut into.
+
+    Args:
+        file (`Path`): The config.json that has the resolutions.
+        image_grid_pinpoints (`list[list[int]]`): The resolutions, each as (height, width) in pixels.
+        tile_size (`int`): Side of the images that the vision tower takes, in pixels.
+
+    Raises:
+        ConversionError: If one of them cannot be cut into tiles of that size.
+    """
+    for height, width in image_grid_pinpoints:
+        if height % tile_size or width % tile_size:
+            raise ConversionError(
+                f"{file}: image_grid_pinpoints has {[width, height]}, expected multiples of {tile_size} pixels, which "
+                "is what the vision tower takes. Pass the vision tower that the checkpoint was trained with."
+            )
 
 
 def load_tokenizer(candidates: list[Path], text_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
@@ -216,15 +262,15 @@ def load_tokenizer(candidates: list[Path], text_config: PreTrainedConfig) -> Pre
     settings = {
         "add_bos_token": True,
         "legacy": False,
-        "padding_side": "left",
         "model_max_length": text_config.max_position_embeddings,
     }
     try:
-        if (folder / "tokenizer_config.json").exists():
-            tokenizer = AutoTokenizer.from_pretrained(folder, config=text_config, **settings)
-        else:
-            # Nothing in a bare tokenizer.model says which class reads it, and AutoTokenizer takes a wrong one
+        # AutoTokenizer takes a class that drops the `▁` in front of a text: for a bare tokenizer.model, where nothing
+        # says which class reads it, and for a Mistral, whatever its tokenizer_config.json says
+        if tokenizer_class(folder) in (None, "LlamaTokenizer", "LlamaTokenizerFast"):
             tokenizer = LlamaTokenizer.from_pretrained(folder, **settings)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=text_config, **settings)
     except Exception as error:  # the tokenizer libraries raise anything on a damaged file
         raise ConversionError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
     if len(tokenizer) > text_config.vocab_size:
@@ -232,43 +278,94 @@ def load_tokenizer(candidates: list[Path], text_config: PreTrainedConfig) -> Pre
             f"The tokenizer in {folder} has {len(tokenizer)} tokens, but the language model has embeddings for "
             f"{text_config.vocab_size}. Pass the base model that the checkpoint was trained on."
         )
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token
+    add_image_token(tokenizer, IMAGE_TOKEN)
     # How it was loaded here, which would be saved
     for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
     return tokenizer
 
 
-def load_image_processor(folder: Path, vision_config: PreTrainedConfig, pad_to_square: bool) -> BaseImageProcessor:
+def tokenizer_class(folder: Path) -> str | None:
+    """The class that a tokenizer's configuration names, `None` where there is no configuration."""
+    file = folder / "tokenizer_config.json"
+    return str(read_json(file).get("tokenizer_class")) if file.exists() else None
+
+
+def choose_chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """
-    The vision tower's image processor.
+    The chat template of the converted model.
+
+    Args:
+        name (`str`): One of `CHAT_TEMPLATES`.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer. Its own template is taken from it, so that the processor
+            alone has one.
+
+    Returns:
+        `str`: The Jinja template.
+
+    Raises:
+        ConversionError: If that of the tokenizer is asked for, and it has none.
+    """
+    template = VICUNA_V1_CHAT_TEMPLATE
+    if name == "tokenizer":
+        own = tokenizer.chat_template
+        if own is None or (isinstance(own, dict) and "default" not in own):
+            raise ConversionError(
+                f"The tokenizer in {tokenizer.name_or_path} has no chat template: leave out --chat-template, for the "
+                "conversation that the authors train with, or copy the tokenizer of a model that has one there."
+            )
+        template = make_chat_template(tokenizer, IMAGE_TOKEN)
+    tokenizer.chat_template = None
+    tokenizer.init_kwargs.pop("chat_template", None)
+    return template
+
+
+def load_image_processor(
+    folder: Path, vision_config: PreTrainedConfig, original_config: OriginalConfig
+) -> BaseImageProcessor:
+    """
+    The image processor that the checkpoint was trained with.
 
     Args:
         folder (`Path`): The vision tower.
         vision_config (`PreTrainedConfig`): Its configuration.
-        pad_to_square (`bool`): Whether images are padded to squares first; else they are cropped, if at all.
+        original_config ([`OriginalConfig`]): The authors' configuration, which says whether images are padded to
+            squares or cut into tiles; else they are what the vision tower's own image processor makes of them.
 
     Returns:
         `BaseImageProcessor`: The image processor.
 
     Raises:
-        ConversionError: If there is none, or it makes images of another size than the tower takes.
+        ConversionError: If there is none, it makes images of another size than the tower takes, or it does with
+            squares what cannot be combined with making them.
     """
     file = folder / "preprocessor_config.json"
     read_json(file)
+    makes_squares = original_config.pad_to_square or original_config.image_grid_pinpoints is not None
+    example = PIL.Image.linear_gradient("L").convert("RGB")
+    if not makes_squares:
+        example = example.crop((0, 0, example.width, example.height // 2))
     try:
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        if pad_to_square:
-            image_processor = LlavaImageProcessorPil(**{**image_processor.to_dict(), "do_pad": True})
-        pixel_values = image_processor(PIL.Image.new("RGB", (2, 1)), return_tensors="pt")["pixel_values"]
+        pixel_values = image_processor(example, return_tensors="pt")["pixel_values"]
     except (*CONFIG_ERRORS, KeyError) as error:
         raise ConversionError(f"{file} does not describe an image processor: {error}") from error
     size, expected = tuple(pixel_values.shape[-2:]), (vision_config.image_size, vision_config.image_size)
     if size != expected:
         raise ConversionError(f"{file} makes images of {size} pixels, but the vision tower takes {expected}.")
-    return image_processor
+    # The authors give the squares that they make to the tower's own, whatever else that does
+    if original_config.pad_to_square:
+        crops = bool(getattr(image_processor, "do_center_crop", False))
+        return LlavaImageProcessorPil(**{**image_processor.to_dict(), "do_pad": True, "do_center_crop": crops})
+    if original_config.image_grid_pinpoints is None:
+        return image_processor
+    of_tiles = make_image_processor(image_processor, vision_config.image_size, original_config.image_grid_pinpoints)
+    if not torch.equal(of_tiles(example, return_tensors="pt")["pixel_values"].flatten(0, -4)[:1], pixel_values):
+        raise ConversionError(
+            f"{file} describes something else than resizing, rescaling and normalising, such as a crop after resizing "
+            "to more pixels, which cannot be combined with tiles."
+        )
+    return of_tiles
 
 
 def make_generation_config(

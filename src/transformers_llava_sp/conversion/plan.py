@@ -15,12 +15,12 @@
 
 import collections
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, SiglipVisionConfig
 
 from ..configuration_llava_sp import LlavaSPConfig, vision_grid_size
 from ..modeling_llava_sp import LlavaSPForConditionalGeneration
@@ -34,6 +34,7 @@ from .original import (
     LORA_PREFIX,
     LORA_PROJECTOR_WEIGHTS,
     MODEL_WEIGHTS,
+    OUR_IMAGE_NEWLINE_KEY,
     PRETRAINING_WEIGHTS,
     PROJECTOR_PREFIX,
     TOWER_PREFIX,
@@ -45,7 +46,9 @@ from .original import (
 )
 from .parts import (
     IMAGE_TOKEN,
+    check_pinpoints,
     check_widths,
+    choose_chat_template,
     load_image_processor,
     load_tokenizer,
     make_generation_config,
@@ -62,6 +65,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 VOCABULARY_MULTIPLE = 64
 EMBEDDINGS_KEY = "model.language_model.embed_tokens.weight"
 HEAD_KEY = "lm_head.weight"
+
+TOWER_LAYOUTS = (Layout.CLIP, Layout.SIGLIP)
+
+NEW_IMAGE_NEWLINE_NOTE = (
+    "The separator of image tiles (`image_newline`) was drawn at random: pre-training does not store it, since it is "
+    "learned in fine-tuning."
+)
 
 # Numbers that are converted at a time: few enough that memory is used again while it is in the cache
 BLOCK_SIZE = 2**20
@@ -252,17 +262,21 @@ class OriginalWeights:
         )
 
     @property
-    def has_image_newline(self) -> bool:
-        """Whether there is a separator of image tiles."""
-        return self.projector_prefix + IMAGE_NEWLINE_KEY in self.projector
+    def image_newline_key(self) -> str:
+        """The key of the separator of image tiles, where there is one."""
+        return self.projector_prefix + IMAGE_NEWLINE_KEY
 
     def without_image_newline(self) -> TensorFiles:
         """The projector's tensors alone."""
-        return self.projector.select(lambda key: key != self.projector_prefix + IMAGE_NEWLINE_KEY)
+        return self.projector.select(lambda key: key != self.image_newline_key)
 
 
 def plan_conversion(
-    checkpoint: SourceFolder, base_model: str | Path | None, vision_tower: str | Path | None, dtype: str
+    checkpoint: SourceFolder,
+    base_model: str | Path | None,
+    vision_tower: str | Path | None,
+    dtype: str,
+    chat_template: str = "vicuna_v1",
 ) -> ConversionPlan:
     """
     Find out what the inputs are, and check that they are complete and belong together.
@@ -272,6 +286,7 @@ def plan_conversion(
         base_model (`str` or `Path`, *optional*): The language model, a folder or a Hub id.
         vision_tower (`str` or `Path`, *optional*): The vision tower, likewise.
         dtype (`str`): A key of `DTYPES` or `"auto"`.
+        chat_template (`str`, *optional*, defaults to `"vicuna_v1"`): One of `CHAT_TEMPLATES`.
 
     Returns:
         `ConversionPlan`: What to write.
@@ -281,15 +296,13 @@ def plan_conversion(
     """
     layout = require_original_layout(checkpoint.folder)
     original_config = OriginalConfig.from_file(checkpoint.folder / "config.json")
-    if original_config.image_tiles:
-        raise ConversionError(
-            f"{checkpoint.folder / 'config.json'}: image_aspect_ratio is 'anyres': this checkpoint cuts images into "
-            "tiles, which cannot be converted yet; checkpoints with 'pad' can."
-        )
     original = OriginalWeights.from_folder(checkpoint.folder, layout)
-    projector_weights = original.projector
+    has_tiles = original_config.image_grid_pinpoints is not None
+    projector_weights = original.without_image_newline() if has_tiles else original.projector
     # Its own problems before those of the parts that it does not hold
-    read_projector(projector_weights, original.projector_prefix, original_config)
+    found_config, _ = read_projector(projector_weights, original.projector_prefix, original_config)
+    if has_tiles:
+        newline_weights, newline_key = find_image_newline(original, layout, found_config.text_hidden_size)
     base, language_weights = find_language_model(checkpoint, original, original_config, base_model)
     tower, tower_weights, tower_prefix = find_vision_tower(checkpoint, original, original_config, vision_tower)
 
@@ -302,6 +315,9 @@ def plan_conversion(
         projector_weights, original.projector_prefix, original_config, vision_grid_size(vision_config)
     )
     check_widths(original_config, projector_config, text_config, vision_config)
+    if original_config.image_grid_pinpoints is not None:
+        config_file = checkpoint.folder / "config.json"
+        check_pinpoints(config_file, original_config.image_grid_pinpoints, vision_config.image_size)
     if original.adapter is not None:
         original.adapter.check_targets(language_weights)
 
@@ -310,10 +326,11 @@ def plan_conversion(
     old_vocabulary_size = text_config.vocab_size
     text_config.vocab_size = round_up(max(old_vocabulary_size, len(tokenizer)), VOCABULARY_MULTIPLE)
     processor = LlavaSPProcessor(
-        load_image_processor(tower.folder, vision_config, original_config.pad_to_square),
+        load_image_processor(tower.folder, vision_config, original_config),
         tokenizer,
         num_spatial_tokens=projector_config.num_spatial_tokens,
         grid_size=projector_config.grid_size,
+        chat_template=choose_chat_template(chat_template, tokenizer),
     )
     language_folder = base.folder if original.language_model is None else checkpoint.folder
     target_dtype = storage_dtype(language_folder, language_weights) if dtype == "auto" else DTYPES[dtype]
@@ -324,7 +341,9 @@ def plan_conversion(
             projector_config=projector_config,
             image_token_index=processor.image_token_id,
             vision_feature_layer=original_config.vision_feature_layer,
-            vision_feature_select_strategy="default",
+            # Transformers' LLaVA, too, says so of towers without a class token
+            vision_feature_select_strategy="full" if isinstance(vision_config, SiglipVisionConfig) else "default",
+            image_grid_pinpoints=original_config.image_grid_pinpoints,
             dtype=target_dtype,
             architectures=[LlavaSPForConditionalGeneration.__name__],
         )
@@ -353,6 +372,8 @@ def plan_conversion(
         **{target: (tower_weights, key, None) for key, target in tower_keys.items()},
         **{target: (projector_weights, key, None) for key, target in projector_keys.items()},
     }
+    if has_tiles:
+        found[OUR_IMAGE_NEWLINE_KEY] = (newline_weights, newline_key, None)
     sources = {}
     for target, shape in shapes.items():
         weights, key, adapter = found[target]
@@ -363,7 +384,7 @@ def plan_conversion(
     opened = {
         str(file): file
         for weights in (
-            projector_weights,
+            original.projector,
             language_weights,
             tower_weights,
             *([original.adapter.tensors] if original.adapter is not None else []),
@@ -381,12 +402,42 @@ def plan_conversion(
         dropped_keys=dropped_language_keys + dropped_tower_keys,
         notes=[
             *describe(layout, tower_prefix != "", original.vision_tower is not None),
+            *describe_other_tower(original_config.vision_tower, tower),
+            *([NEW_IMAGE_NEWLINE_NOTE] if has_tiles and original.image_newline_key not in original.projector else []),
             f"`{IMAGE_TOKEN}` was added to the vocabulary, which has {text_config.vocab_size} rows now. Those from "
             f"{old_vocabulary_size} on are the mean of the others in the embeddings and in the head.",
         ],
         projector=projector_weights,
         projector_prefix=original.projector_prefix,
     )
+
+
+def find_image_newline(original: OriginalWeights, layout: Layout, text_hidden_size: int) -> tuple[TensorFiles, str]:
+    """
+    The separator of image tiles.
+
+    Args:
+        original ([`OriginalWeights`]): The checkpoint's tensors.
+        layout (`Layout`): What the checkpoint is.
+        text_hidden_size (`int`): Width of the language model's embeddings.
+
+    Returns:
+        `tuple(TensorFiles, str)`: Where it is, and its key there. For the output of pre-training, which never has it,
+        it is drawn as the authors' code draws it, the same on every run.
+
+    Raises:
+        ConversionError: If it is missing where it should be, or has another shape.
+    """
+    key = original.image_newline_key
+    if key in original.projector:
+        original.projector.check(key, (text_hidden_size,))
+        return original.projector, key
+    if layout is not Layout.SP_PRETRAINING:
+        file = original.projector.file_of(next(iter(original.projector)))
+        raise ConversionError(f"{file} lacks {key!r}, which a checkpoint with image tiles has.")
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(text_hidden_size, generator=generator) * text_hidden_size**-0.5
+    return TensorFiles({key: drawn}, {key: Path("drawn at random")}), key
 
 
 def require_original_layout(folder: Path) -> Layout:
@@ -440,7 +491,7 @@ def find_language_model(
         role,
         advice="" if base_model is not None else "The checkpoint names it; pass yours with --base-model.",
     )
-    check_layout(base.folder, role, Layout.LANGUAGE_MODEL, "Pass the model that the checkpoint was trained on.")
+    check_layout(base.folder, role, [Layout.LANGUAGE_MODEL], "Pass the model that the checkpoint was trained on.")
     return base, TensorFiles.from_folder(base.folder, MODEL_WEIGHTS)
 
 
@@ -485,7 +536,7 @@ def find_vision_tower(
             return tower, original.vision_tower, TOWER_PREFIX
     else:
         tower = resolve_source(vision_tower, role)
-    check_layout(tower.folder, role, Layout.CLIP, "Only checkpoints with a CLIP vision tower can be converted.")
+    check_layout(tower.folder, role, TOWER_LAYOUTS, "Pass the vision tower that the checkpoint was trained with.")
     return tower, TensorFiles.from_folder(tower.folder, MODEL_WEIGHTS), ""
 
 
@@ -506,6 +557,20 @@ def describe(layout: Layout, tower_inside: bool, has_tower: bool) -> list[str]:
     elif has_tower:
         notes.append("The vision tower's weights are those of the given tower, not those in the checkpoint.")
     return notes
+
+
+def describe_other_tower(named: str | None, tower: SourceFolder) -> list[str]:
+    """
+    A note if the vision tower is called otherwise than the one that the checkpoint names. Another tower may have the
+    same width and the same patch grid, as the CLIP and the SigLIP of the paper have.
+    """
+    # What stands in front may be different on each machine
+    if named is None or Path(named).name == Path(tower.name).name:
+        return []
+    return [
+        f"config.json of the checkpoint calls its vision tower {Path(named).name!r}, and the one used here is called "
+        f"{Path(tower.name).name!r}. Only that which the projector was trained with gives sensible answers."
+    ]
 
 
 def set_dtype(config: LlavaSPConfig, dtype: torch.dtype) -> None:
@@ -532,11 +597,12 @@ def model_shapes(config: LlavaSPConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_layout(folder: Path, what: str, expected: Layout, advice: str) -> None:
+def check_layout(folder: Path, what: str, expected: Sequence[Layout], advice: str) -> None:
     """Raise a `ConversionError` that says what a folder is, if it is not what is expected."""
     layout = identify_layout(folder)
-    if layout is not expected:
-        raise ConversionError(f"The {what} {folder} is {layout.value}, expected {expected.value}. {advice}")
+    if layout not in expected:
+        names = " or ".join(layout.value for layout in expected)
+        raise ConversionError(f"The {what} {folder} is {layout.value}, expected {names}. {advice}")
 
 
 def rename_keys(

@@ -90,8 +90,11 @@ def verify(folder: Path, plan: ConversionPlan) -> Verification:
     config = LlavaSPConfig.from_pretrained(folder)
     GenerationConfig.from_pretrained(folder).validate(strict=True)
     processor = LlavaSPProcessor.from_pretrained(folder)
+    pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None)
     if processor.num_image_tokens != config.projector_config.num_image_tokens:
         raise failed(f"the processor has {processor.num_image_tokens} tokens for an image, not the model's number")
+    if pinpoints != config.image_grid_pinpoints:
+        raise failed(f"the processor cuts images into tiles at {pinpoints}, not at {config.image_grid_pinpoints}")
     check_keys(stored, config, plan.dtype)
 
     num_exact = 0
