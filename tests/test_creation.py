@@ -5,6 +5,7 @@ taken over is bit by bit the source's, and computes what the source computes.
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
@@ -21,8 +22,11 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -32,6 +36,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     Qwen2Config,
@@ -325,7 +331,10 @@ def test_processor_of_an_internvl(internvl_folder, tmp_path):
 
 
 def test_language_models_own_chat_template_gets_images(tmp_path):
-    AutoModelForCausalLM.from_pretrained(MINI / "base").save_pretrained(tmp_path)
+    text = AutoModelForCausalLM.from_pretrained(MINI / "base")
+    # Vicuna's, which cannot be saved as it is
+    text.generation_config = GenerationConfig()
+    text.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(MINI / "base")
     tokenizer.chat_template = (
         "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] | trim }}\n{% endfor %}"
@@ -370,11 +379,27 @@ def test_template_that_places_images_is_left_alone():
         (lambda: (SwinModel(SwinConfig(image_size=64, depths=[1, 1], num_heads=[1, 1])), None), "has `depths`"),
         (lambda: (None, PhiForCausalLM(PhiConfig(vocab_size=100, **text_sizes()))), "has a bias"),
         (
+            lambda: (
+                None,
+                FalconH1ForCausalLM(
+                    FalconH1Config(
+                        vocab_size=100,
+                        lm_head_multiplier=0.02,
+                        mamba_d_ssm=64,
+                        mamba_n_heads=4,
+                        mamba_d_head=16,
+                        **text_sizes(),
+                    )
+                ),
+            ),
+            "lm_head_multiplier",
+        ),
+        (
             lambda: (None, Gemma2ForCausalLM(Gemma2Config(vocab_size=100, head_dim=16, **text_sizes()))),
             "final_logit_softcapping",
         ),
     ],
-    ids=["hierarchical tower", "head with a bias", "soft-capped scores"],
+    ids=["hierarchical tower", "head with a bias", "scaled scores", "soft-capped scores"],
 )
 def test_parts_that_cannot_be_joined_are_refused(parts, message):
     vision, text = parts()
@@ -384,12 +409,96 @@ def test_parts_that_cannot_be_joined_are_refused(parts, message):
         LlavaSPForConditionalGeneration.from_vision_text_pretrained(vision, text, image_token_id=99)
 
 
+@torch.no_grad()
+def test_attention_is_the_one_asked_for(llava_folder):
+    whole = LlavaSPForConditionalGeneration.from_vision_text_pretrained(*PARTS, attn_implementation="eager")
+    tower_alone = LlavaSPForConditionalGeneration.from_vision_text_pretrained(
+        *PARTS, vision_kwargs={"attn_implementation": "eager"}
+    )
+    of_llava = LlavaSPForConditionalGeneration.from_llava(llava_folder, attn_implementation="eager")
+    for model, expected in ((whole, "eager"), (tower_alone, "sdpa"), (of_llava, "eager")):
+        assert model.model.vision_tower.config._attn_implementation == "eager"
+        assert model.model.language_model.config._attn_implementation == expected
+    outputs = whole.float()(input_ids=torch.tensor([[1, 5, 6]]), output_attentions=True)
+    assert len(outputs.attentions) == whole.config.text_config.num_hidden_layers
+
+
+def test_own_image_token_suppresses_no_other():
+    text = LlamaForCausalLM(LlamaConfig(vocab_size=100, eos_token_id=90, **text_sizes()))
+    model = LlavaSPForConditionalGeneration.from_vision_text_pretrained(
+        CLIPVisionModel(clip_config()), text, image_token_id=5
+    )
+    assert model.generation_config.suppress_tokens == [5, *range(100, 128)]
+    assert model.generation_config.eos_token_id == 90
+
+
+def test_answers_end_with_the_tokenizers_own_token(tmp_path):
+    text = LlamaForCausalLM(LlamaConfig(vocab_size=1024, eos_token_id=999, **text_sizes()))
+    text.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MINI / "base", eos_token="<|end|>").save_pretrained(tmp_path)
+    model = LlavaSPForConditionalGeneration.from_vision_text_pretrained(PARTS[0], tmp_path)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    for chat_template in (None, "vicuna_v1"):
+        processor = LlavaSPProcessor.from_vision_text_pretrained(
+            PARTS[0], tmp_path, model.config, chat_template=chat_template
+        )
+        assert processor.apply_chat_template(messages).endswith(" ASSISTANT: Yes<|end|>")
+
+
+@pytest.mark.parametrize("has_configuration", [True, False])
+def test_sentencepiece_alone_is_read_as_the_converter_does(has_configuration, tmp_path):
+    text = MistralForCausalLM(MistralConfig(vocab_size=1000, **text_sizes()))
+    text.save_pretrained(tmp_path)
+    for name in ("tokenizer.model", *(("tokenizer_config.json",) if has_configuration else ())):
+        shutil.copy(MINI / "base" / name, tmp_path)
+    model = LlavaSPForConditionalGeneration.from_vision_text_pretrained(PARTS[0], tmp_path)
+    processor = LlavaSPProcessor.from_vision_text_pretrained(PARTS[0], tmp_path, model.config)
+    tokenizer = processor.tokenizer
+    assert tokenizer.convert_ids_to_tokens(tokenizer("Hello there").input_ids)[:2] == ["<s>", "▁H"]
+    assert processor.image_suffix == " "
+
+
+def test_nothing_of_this_machine_is_written(tmp_path):
+    create_model(tmp_path / "model", vision_tower=PARTS[0], base_model=PARTS[1])
+    for file in (tmp_path / "model").glob("*.*"):
+        if file.suffix in (".json", ".md"):
+            assert str(MINI) not in file.read_text(), file.name
+
+
+def test_fields_that_contradict_the_source_are_refused(llava_folder):
+    with pytest.raises(ValueError, match="`num_patch_layers` is 3, but 2 in the model it starts from"):
+        LlavaSPForConditionalGeneration.from_llava(llava_folder, num_patch_layers=3)
+    model = LlavaSPForConditionalGeneration.from_llava(llava_folder, projector_config={"spatial_hidden_size": 8})
+    assert model.config.projector_config.spatial_hidden_size == 8
+
+
+def test_internvl_that_normalises_its_last_layer_is_refused():
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(use_mean_pooling=False, hidden_size=32, num_hidden_layers=1),
+        text_config=Qwen2Config(vocab_size=1024, **text_sizes()),
+        image_token_id=1000,
+    )
+    with pytest.raises(ValueError, match=r"`vision_config\.use_mean_pooling` is False"):
+        LlavaSPForConditionalGeneration.from_llava(InternVLForConditionalGeneration(config))
+
+
+def test_template_in_the_old_file_of_processors_is_found(llava_folder, tmp_path):
+    folder = shutil.copytree(llava_folder, tmp_path / "llava")
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image>{% else %}[INST] {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    model = LlavaSPForConditionalGeneration.from_llava(folder)
+    assert LlavaSPProcessor.from_llava(folder, model.config).chat_template == template
+
+
 def test_missing_weights_are_named(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **text_sizes()))
     state = {key: value for key, value in model.state_dict().items() if "layers.1.mlp" not in key}
     model.save_pretrained(tmp_path, state_dict=state)
     AutoTokenizer.from_pretrained(MINI / "base").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks weights: model\.layers\.1\.mlp\.down_proj\.weight"):
+    with pytest.raises(ValueError, match=r"lacks weights in the shapes .*: model\.layers\.1\.mlp\.down_proj\.weight"):
         LlavaSPForConditionalGeneration.from_vision_text_pretrained(PARTS[0], tmp_path)
 
 
@@ -434,6 +543,9 @@ def test_command_adds_spatial_tokens_to_a_llava(llava_folder, tmp_path):
     projector = model.model.multi_modal_projector
     new = projector.num_parameters() - sum(parameter.numel() for parameter in projector.patch_mlp.parameters())
     assert f"{new:,} of them random" in result.output
+
+    result = run(tmp_path / "tiles", "--from-llava", llava_folder, "--image-tiles")
+    assert f"{new + 64:,} of them random" in result.output
     assert "The weights that make the spatial tokens are random" in (tmp_path / "model" / "README.md").read_text()
 
 
@@ -444,6 +556,12 @@ def test_command_adds_spatial_tokens_to_a_llava(llava_folder, tmp_path):
         (("--vision-tower", PARTS[0]), "Pass both --vision-tower and --base-model"),
         (("--from-llava", PARTS[1], "--base-model", PARTS[1]), "Pass either"),
         (("--from-llava", PARTS[1]), "No LLaVA-SP model can be made of"),
+        (("--vision-tower", PARTS[0], "--base-model", PARTS[0]), "is no language model"),
+        (("--vision-tower", PARTS[1], "--base-model", PARTS[1], "--image-tiles"), "No LLaVA-SP model can be made of"),
+        (
+            ("--vision-tower", PARTS[0], "--base-model", PARTS[1], "--chat-template", "tokenizer"),
+            "the tokenizer has no chat template",
+        ),
         (("--vision-tower", PARTS[0], "--base-model", "nowhere/at/all"), "does not exist on this machine"),
         (("--vision-tower", PARTS[1], "--base-model", PARTS[1]), "No LLaVA-SP model can be made of"),
         (

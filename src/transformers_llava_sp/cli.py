@@ -52,8 +52,8 @@ class SpatialVariant(str, Enum):
 class ChatTemplate(str, Enum):
     """The conversation that a model is trained with."""
 
-    auto = "auto"
     vicuna_v1 = "vicuna_v1"
+    tokenizer = "tokenizer"
 
 
 def main() -> None:
@@ -175,8 +175,9 @@ def create(
         int | None, typer.Option(help="Which hidden state of the vision tower to read.", show_default="-2")
     ] = None,
     chat_template: Annotated[
-        ChatTemplate, typer.Option(help="The conversation: auto is the language model's own where it has one.")
-    ] = ChatTemplate.auto,
+        ChatTemplate | None,
+        typer.Option(help="The conversation. The language model's own if not given, vicuna_v1 where it has none."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     dtype: Options.Dtype = Dtype.auto,
     max_shard_size: Options.MaxShardSize = "5GB",
@@ -198,7 +199,7 @@ def create(
             detail_integrator=detail_integrator,
             image_tiles=image_tiles,
             vision_feature_layer=vision_feature_layer,
-            chat_template=chat_template.value,
+            chat_template=chat_template and chat_template.value,
             seed=seed,
             dtype=dtype.value,
             max_shard_size=max_shard_size,

@@ -181,8 +181,8 @@ def get_image_layout(
     if tile_rows * tile_columns == 1:
         return ImageLayout(num_spatial_tokens, patch_grid_size)
     # The image fills the joined tiles in one direction; half of what it leaves of the other is dropped on either side.
-    # The authors cut fractions off. Transformers' LLaVA-NeXT rounds to seven digits first, which keeps one more row or
-    # column where 31.999... stands for 32.
+    # The authors cut fractions off. Transformers' LLaVA-NeXT rounds to seven digits first, which keeps two more rows
+    # or columns where, say, 14.999... stands for 15.
     rows, columns = tile_rows * patch_grid_size, tile_columns * patch_grid_size
     row_padding = column_padding = 0
     if width / height > columns / rows:
@@ -429,6 +429,8 @@ def vision_grid_size(vision_config: PreTrainedConfig) -> int:
 # What a language model's configuration has where scores are changed behind the head; neutral values do nothing
 HEAD_CHANGES: dict[str, tuple[float | None, ...]] = {
     "final_logit_softcapping": (None,),
+    "lm_head_multiplier": (None, 1.0),
+    "logits_soft_cap": (None,),
     "logit_scale": (None, 1.0),
     "logits_scaling": (None, 1.0),
 }

@@ -742,11 +742,24 @@ TOKENIZER_KWARGS = (
 )
 VOCABULARY_MULTIPLE = 64
 PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# As many are named in an error
+MAX_KEYS = 10
+
+
+def attention_of(vision_config: PreTrainedConfig, text_config: PreTrainedConfig) -> dict[str, str | None]:
+    """The attention implementations of loaded parts, as a configuration takes them, which would forget them."""
+    return {
+        "": text_config._attn_implementation,
+        "vision_config": vision_config._attn_implementation,
+        "text_config": text_config._attn_implementation,
+    }
 
 
 def split_config_fields(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Arguments that are fields of the projector's configuration, of the model's, and all others."""
     common = {field.name for field in fields(PreTrainedConfig)}
+    kwargs = {**kwargs, **(kwargs.get("projector_config") or {})}
+    kwargs.pop("projector_config", None)
     split: list[dict[str, Any]] = []
     for config_class in (LlavaSPProjectorConfig, LlavaSPConfig):
         names = {field.name for field in fields(config_class)} - common
@@ -769,13 +782,29 @@ def load_part(
         kwargs (`dict[str, Any]`): Arguments of `from_pretrained`.
 
     Raises:
-        ValueError: If weights are missing or quantized.
+        ValueError: If it is something else, or weights are missing, of other shapes or quantized.
     """
     if isinstance(name_or_model, PreTrainedModel):
         return name_or_model
-    model, loading = auto_class.from_pretrained(name_or_model, **kwargs, output_loading_info=True)
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"The {role} {name_or_model} lacks weights: {', '.join(missing)}.")
+    try:
+        model, loading = auto_class.from_pretrained(
+            name_or_model,
+            **kwargs,
+            # Refused below, by name: on its own, Transformers would fill in what is missing at random
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        # Transformers goes on to list all classes that it has
+        raise ValueError(f"{name_or_model} is no {role}: {auto_class.__name__} has no class for it.") from error
+    if random_weights := sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}):
+        more = f" and {len(random_weights) - MAX_KEYS} more" if len(random_weights) > MAX_KEYS else ""
+        raise ValueError(
+            f"The {role} {name_or_model} lacks weights in the shapes that its config.json implies: "
+            f"{', '.join(random_weights[:MAX_KEYS])}{more}."
+        )
     if hasattr(model.config, "quantization_config"):
         if any(parameter.dtype not in PLAIN_DTYPES for parameter in model.parameters()):
             raise ValueError(
@@ -803,7 +832,7 @@ def load_vision_tower(name_or_model: str | PathLike | PreTrainedModel, kwargs: d
 @torch.no_grad()
 def grow_embeddings(text_model: PreTrainedModel, num_tokens: int) -> None:
     """
-    Append rows to a language model's embeddings and head, up to a multiple of 64, if it has fewer than `num_tokens`.
+    Append rows to a language model's embeddings and head, so that they are `num_tokens` at least and a multiple of 64.
     They are the mean of the others, so that none of them is ever the likeliest token.
     """
     old_size = text_model.get_input_embeddings().weight.shape[0]
@@ -905,8 +934,10 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         if getattr(lm_head, "bias", None) is not None:
             raise ValueError(f"The head of {type(text_model).__name__} has a bias, which LLaVA-SP's has not.")
 
-        num_tokens = config_fields.get("image_token_index", -1) + 1
-        if not num_tokens:
+        if "image_token_index" in config_fields:
+            # Which of the other ids mean something is not known
+            num_tokens = max(config_fields["image_token_index"] + 1, len(text_model.get_input_embeddings().weight))
+        else:
             # Added as the processor adds it, so that both get the same id
             name = text_model_name_or_path
             if isinstance(name, PreTrainedModel) and not (name := name.name_or_path):
@@ -923,6 +954,7 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
             vision_config=vision_tower.config,
             text_config=text_model.config,
             projector_config={"spatial_variant": spatial_variant, **projector_fields},
+            attn_implementation=attention_of(vision_tower.config, text_config),
             **config_fields,
         )
         suppressed = [*{config.image_token_id, *range(num_tokens, config.text_config.vocab_size)}]
@@ -977,14 +1009,23 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"`vision_feature_layer` is {origin.vision_feature_layer}: LLaVA-SP reads one layer of the tower."
             )
+        if origin.model_type == "internvl" and not origin.vision_config.use_mean_pooling:
+            raise ValueError(
+                "`vision_config.use_mean_pooling` is False: this InternVL normalises the last layer of its vision "
+                "tower, which LLaVA-SP does not."
+            )
         parts = source.model
         patch_fields: dict[str, Any] = {"hidden_act": origin.projector_hidden_act, "num_patch_layers": 2}
         if origin.model_type == "internvl":
             patch_fields.update(patch_downsample_factor=round(1 / origin.downsample_ratio), patch_layer_norm=True)
+        for name, value in patch_fields.items():
+            if projector_fields.get(name, value) != value:
+                raise ValueError(f"`{name}` is {projector_fields[name]!r}, but {value!r} in the model it starts from.")
         config = cls.config_class(
             vision_config=origin.vision_config,
             text_config=origin.text_config,
             projector_config={"spatial_variant": spatial_variant, **projector_fields, **patch_fields},
+            attn_implementation=attention_of(origin.vision_config, origin.text_config),
             **{
                 "image_token_index": origin.image_token_id,
                 "vision_feature_layer": origin.vision_feature_layer,
@@ -1024,9 +1065,11 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         suppress_tokens: list[int],
     ) -> "LlavaSPForConditionalGeneration":
         """A model of loaded parts and a new projector, which generates greedily and never the `suppress_tokens`."""
-        dtype, device = lm_head.weight.dtype, lm_head.weight.device
+        dtype, device = lm_head.weight.dtype, vision_tower.device
         for part in (config, config.vision_config, config.text_config, config.projector_config):
             part.dtype = dtype
+            # Where the parts came from, which may be a folder of this machine
+            part._name_or_path = ""
         config.architectures = [cls.__name__]
         with torch.device("meta"):
             model = cls(config)
@@ -1059,6 +1102,8 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
                 model.get_image_features(
                     torch.zeros(2, channels, size, size, dtype=vision_tower.dtype, device=vision_tower.device)
                 )
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{type(vision_tower).__name__} cannot be the vision tower: its hidden states are not one for each "

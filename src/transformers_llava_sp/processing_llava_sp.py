@@ -30,7 +30,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.image_utils import ImageInput, is_valid_image, load_image, make_flat_list_of_images
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils.hub import has_file
 
 from .configuration_llava_sp import ImageLayout, LlavaSPConfig, copy_hub_modules, get_image_layout
 
@@ -104,6 +106,21 @@ IMAGE_PARTS_CHAT_TEMPLATE = """\
 """  # noqa: E501
 
 
+def vicuna_v1_chat_template(tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
+    """
+    The conversation that the released checkpoints were trained with, for any tokenizer.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer, whose token for the end of a text ends the answers.
+        image_token (`str`): The token that stands for an image.
+
+    Returns:
+        `str`: The Jinja template.
+    """
+    template = VICUNA_V1_CHAT_TEMPLATE.replace("<image>", image_token)
+    return template if tokenizer.eos_token is None else template.replace("</s>", tokenizer.eos_token)
+
+
 def make_chat_template(tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
     """
     The chat template of a language model's tokenizer, able to take images.
@@ -115,12 +132,15 @@ def make_chat_template(tokenizer: PreTrainedTokenizerBase, image_token: str) -> 
     Returns:
         `str`: The tokenizer's own template where it places images by itself, and that behind one that does where it
         does not; Vicuna's where there is none.
+
+    Raises:
+        ValueError: If the tokenizer's own template cannot be rendered.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     if template is None:
-        return VICUNA_V1_CHAT_TEMPLATE.replace("<image>", image_token)
+        return vicuna_v1_chat_template(tokenizer, image_token)
     content = [{"type": "image"}, {"type": "text", "text": "Hello"}]
     try:
         rendered = tokenizer.apply_chat_template(
@@ -130,7 +150,12 @@ def make_chat_template(tokenizer: PreTrainedTokenizerBase, image_token: str) -> 
         rendered = ""
     if rendered.count(image_token) == 1 and rendered.count("Hello") == 1 and "{" not in rendered:
         return template
-    return IMAGE_PARTS_CHAT_TEMPLATE.replace("<image>", image_token) + template
+    template = IMAGE_PARTS_CHAT_TEMPLATE.replace("<image>", image_token) + template
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": content}], chat_template=template, tokenize=False)
+    except Exception as error:
+        raise ValueError(f"The tokenizer's chat template cannot be rendered: {error}") from error
+    return template
 
 
 def make_image_processor(
@@ -172,6 +197,31 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = "<ima
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token if tokenizer.unk_token is None else tokenizer.unk_token
     tokenizer.padding_side = "left"
+
+
+def load_tokenizer(name_or_path: str | PathLike, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """
+    Load a language model's tokenizer. For a sentencepiece model without tokenizer.json, AutoTokenizer may take a class
+    that drops the `▁` in front of a text: where nothing says which class reads it, and for Mistral whatever does.
+
+    Args:
+        name_or_path (`str` or `PathLike`): Folder or Hub id of the language model.
+        kwargs (`dict[str, Any]`, *optional*): Arguments of `from_pretrained`.
+
+    Returns:
+        `PreTrainedTokenizerBase`: The tokenizer.
+    """
+    if "gguf_file" not in kwargs:
+        places = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in kwargs}
+        if not has_file(name_or_path, "tokenizer.json", **places):
+            stated = get_tokenizer_config(name_or_path, **places)
+            if stated.get("tokenizer_class") in (None, "LlamaTokenizer", "LlamaTokenizerFast") and has_file(
+                name_or_path, "tokenizer.model", **places
+            ):
+                # The other way to read a sentencepiece model adds a space behind every special token
+                settings = {"legacy": False, **({} if stated else {"add_bos_token": True})}
+                return LlamaTokenizer.from_pretrained(name_or_path, **settings, **kwargs)
+    return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
 
 
 def is_rgb_array(image: Any) -> bool:
@@ -269,7 +319,8 @@ class LlavaSPProcessor(ProcessorMixin):
                 processor says how colours are scaled.
             text_model_name_or_path (`str` or `PathLike`): Folder or Hub id of the language model, for its tokenizer.
             config ([`LlavaSPConfig`]): The model's configuration.
-            chat_template (`str`, *optional*): Jinja template for messages. See [`LlavaSPProcessor`] for the default.
+            chat_template (`str`, *optional*): Jinja template for messages, or `"vicuna_v1"` for the conversation of
+                the released checkpoints. See [`LlavaSPProcessor`] for the default.
             image_token (`str`, *optional*, defaults to `"<image>"`): The token that stands for an image.
             vision_kwargs (`dict[str, Any]`, *optional*): Arguments for loading the image processor alone.
             text_kwargs (`dict[str, Any]`, *optional*): Arguments for loading the tokenizer alone.
@@ -282,13 +333,9 @@ class LlavaSPProcessor(ProcessorMixin):
             ValueError: If the tokenizer gives the image token another id than the model has.
         """
         image_processor = AutoImageProcessor.from_pretrained(
-            vision_model_name_or_path, backend="pil", **kwargs, **(vision_kwargs or {})
+            vision_model_name_or_path, **{"backend": "pil", **kwargs, **(vision_kwargs or {})}
         )
-        tokenizer_kwargs = {**kwargs, **(text_kwargs or {})}
-        tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, **tokenizer_kwargs)
-        if isinstance(tokenizer, LlamaTokenizer):
-            # The other way to read a sentencepiece model adds a space behind every special token
-            tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, legacy=False, **tokenizer_kwargs)
+        tokenizer = load_tokenizer(text_model_name_or_path, **{**kwargs, **(text_kwargs or {})})
         add_image_token(tokenizer, image_token)
         return cls._from_parts(
             image_processor, tokenizer, config, chat_template=chat_template, image_token=image_token
@@ -310,7 +357,8 @@ class LlavaSPProcessor(ProcessorMixin):
         Args:
             pretrained_model_name_or_path (`str` or `PathLike`): Folder or Hub id of the LLaVA, LLaVA-NeXT or InternVL.
             config ([`LlavaSPConfig`]): The model's configuration.
-            chat_template (`str`, *optional*): Jinja template for messages. See [`LlavaSPProcessor`] for the default.
+            chat_template (`str`, *optional*): Jinja template for messages, or `"vicuna_v1"` for the conversation of
+                the released checkpoints. Defaults to the checkpoint's own where it has one.
             kwargs (`dict[str, Any]`, *optional*): Arguments of `from_pretrained`.
 
         Returns:
@@ -320,9 +368,19 @@ class LlavaSPProcessor(ProcessorMixin):
             ValueError: If the tokenizer gives the image token another id than the model has.
         """
         image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        tokenizer = load_tokenizer(pretrained_model_name_or_path, **kwargs)
+        if tokenizer.chat_template is None:
+            # In a file that only processors read
+            tokenizer.chat_template = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)[0].get(
+                "chat_template"
+            )
         # InternVL's tokenizer calls it otherwise, and puts it between two more
         image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        if image_token is None:
+            raise ValueError(
+                f"The tokenizer of {pretrained_model_name_or_path} has no token of the id {config.image_token_id}, "
+                "which is the image token by config.json."
+            )
         add_image_token(tokenizer, image_token)
         frame = {}
         if hasattr(tokenizer, "start_image_token"):
@@ -337,9 +395,14 @@ class LlavaSPProcessor(ProcessorMixin):
         image_processor: BaseImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
         config: LlavaSPConfig,
+        *,
+        chat_template: str | None,
+        image_token: str,
         **kwargs: Any,
     ) -> "LlavaSPProcessor":
         """A processor with what follows from the model's configuration."""
+        if chat_template == "vicuna_v1":
+            chat_template = vicuna_v1_chat_template(tokenizer, image_token)
         projector: Any = config.projector_config
         text_config: Any = config.text_config
         tokenizer.model_max_length = text_config.max_position_embeddings
@@ -349,6 +412,8 @@ class LlavaSPProcessor(ProcessorMixin):
             num_spatial_tokens=projector.num_spatial_tokens,
             grid_size=projector.grid_size,
             patch_downsample_factor=projector.patch_downsample_factor,
+            chat_template=chat_template,
+            image_token=image_token,
             **kwargs,
         )
         if processor.image_token_id != config.image_token_id:

@@ -431,7 +431,7 @@ def part_sizes(config: LlavaSPConfig) -> dict[str, str]:
     projector: Any = config.projector_config
     text: Any = config.text_config
     grid, image, kernel = (
-        f"{side} x {side}" for side in (projector.grid_size, vision.image_size, projector.detail_kernel_size)
+        f"{side} x {side}" for side in (projector.grid_size, config.tile_size, projector.detail_kernel_size)
     )
     scales = ", ".join(map(str, projector.spatial_scales))
     detail = "none"

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 
 # Everything but the weights, which a repository may hold in two formats. The authors' projector has one only.
-SMALL_FILES = ["*.json", "*.model", "*.jinja"]
+SMALL_FILES = ["*.json", "*.model", "*.jinja", "merges.txt"]
 # The licence stands in it
 CARD = "README.md"
 PROJECTOR_FILES = ["non_lora_trainables.bin", "mm_projector.bin", "model.bin"]

@@ -13,22 +13,25 @@
 # limitations under the License.
 """Making a model to train: of parts that are trained already, and a projector that has yet to be"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
 from transformers import AutoConfig
+from transformers.utils import logging
 
 from ..configuration_llava_sp import SPATIAL_VARIANTS, LlavaSPConfig
 from ..modeling_llava_sp import LlavaSPForConditionalGeneration
-from ..processing_llava_sp import VICUNA_V1_CHAT_TEMPLATE, LlavaSPProcessor
+from ..processing_llava_sp import LlavaSPProcessor, load_tokenizer
 from .card import Provenance, common_license, license_text, part_sizes, read_license
-from .checkpoint import ConversionError, SourceFolder, resolve_source
+from .checkpoint import ConversionError, SourceFolder, read_json, resolve_source
 from .convert import DEFAULT_MAX_SHARD_SIZE, SMALL_FILES_SIZE, WriteOptions, command_line
-from .parts import CONFIG_ERRORS
+from .parts import CHAT_TEMPLATES, CONFIG_ERRORS
 from .push import push_folder
 from .staging import check_free_space, check_output, staged
 
@@ -36,7 +39,8 @@ from .staging import check_free_space, check_output, staged
 # (rows, columns) of the tiles that the paper's larger model cuts images into, in the authors' order
 PAPER_TILE_GRIDS = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
 
-CHAT_TEMPLATES = ("auto", "vicuna_v1")
+# What loading somebody's files raises, beyond what Transformers says is wrong with them
+CREATION_ERRORS = (*CONFIG_ERRORS, ArithmeticError, AttributeError, LookupError, RuntimeError, SafetensorError)
 
 # Jinja drops the last line break, hence the empty line at the end
 TEMPLATE = """\
@@ -118,7 +122,7 @@ def create_model(
     detail_integrator: bool = True,
     image_tiles: bool = False,
     vision_feature_layer: int | None = None,
-    chat_template: str = "auto",
+    chat_template: str | None = None,
     seed: int = 0,
     dtype: str = "auto",
     max_shard_size: str = DEFAULT_MAX_SHARD_SIZE,
@@ -144,8 +148,8 @@ def create_model(
             paper has.
         vision_feature_layer (`int`, *optional*): Index into the vision tower's hidden states. Defaults to -2, or to
             that of the LLaVA or InternVL.
-        chat_template (`str`, *optional*, defaults to `"auto"`): `"vicuna_v1"` for the conversation of the released
-            checkpoints, or `"auto"` for the language model's own where it has one.
+        chat_template (`str`, *optional*): `"vicuna_v1"` for the conversation of the released checkpoints,
+            `"tokenizer"` for the language model's own. Defaults to that where there is one.
         seed (`int`, *optional*, defaults to 0): Seed of the random weights.
         dtype (`str`, *optional*, defaults to `"auto"`): Of all weights written: `"float32"`, `"float16"`,
             `"bfloat16"`, or `"auto"` for the one that the language model's weights are stored in.
@@ -169,7 +173,7 @@ def create_model(
         ("spatial variant", spatial_variant, SPATIAL_VARIANTS),
         ("chat template", chat_template, CHAT_TEMPLATES),
     ):
-        if value not in allowed:
+        if value is not None and value not in allowed:
             raise ConversionError(f"Unknown {name} {value!r}: expected {' or '.join(map(repr, allowed))}.")
     if (from_llava is None) == (vision_tower is None and base_model is None):
         raise ConversionError("Pass either --vision-tower and --base-model, or --from-llava alone.")
@@ -193,8 +197,9 @@ def create_model(
         if image_tiles:
             size = read_image_size(sources[0].folder)
             fields["image_grid_pinpoints"] = [[rows * size, columns * size] for rows, columns in PAPER_TILE_GRIDS]
-        model, processor = load_parts(sources, dtype, fields, chat_template)
-    except CONFIG_ERRORS as error:
+        with without_warnings():
+            model, processor = load_parts(sources, dtype, fields, chat_template)
+    except CREATION_ERRORS as error:
         raise ConversionError(f"No LLaVA-SP model can be made of {names}: {error}") from error
     arguments = ["create", "--spatial-variant", spatial_variant, *(["--image-tiles"] if image_tiles else [])]
     roles = ["--vision-tower", "--base-model"] if from_llava is None else ["--from-llava"]
@@ -204,7 +209,7 @@ def create_model(
         arguments.append("--no-detail-integrator")
     if vision_feature_layer is not None:
         arguments += ["--vision-feature-layer", str(vision_feature_layer)]
-    if chat_template != "auto":
+    if chat_template is not None:
         arguments += ["--chat-template", chat_template]
     if seed:
         arguments += ["--seed", str(seed)]
@@ -235,8 +240,19 @@ def create_model(
     )
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep Transformers from listing each weight of a contrastive model's other half; what is missing is an error."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def load_parts(
-    sources: Sequence[SourceFolder], dtype: str, fields: dict[str, Any], chat_template: str
+    sources: Sequence[SourceFolder], dtype: str, fields: dict[str, Any], chat_template: str | None
 ) -> tuple[LlavaSPForConditionalGeneration, LlavaSPProcessor]:
     """
     Load the parts of a model and join them.
@@ -245,17 +261,19 @@ def load_parts(
         sources (`Sequence[SourceFolder]`): A vision tower and a language model, or a LLaVA or InternVL.
         dtype (`str`): Of all weights, `"auto"` for the one that they are stored in.
         fields (`dict[str, Any]`): Fields of the model's and of the projector's configuration.
-        chat_template (`str`): One of `CHAT_TEMPLATES`.
+        chat_template (`str`, *optional*): One of `CHAT_TEMPLATES`.
 
     Returns:
         `tuple(LlavaSPForConditionalGeneration, LlavaSPProcessor)`: The model and its processor.
     """
-    template = VICUNA_V1_CHAT_TEMPLATE if chat_template == "vicuna_v1" else None
+    template = chat_template if chat_template == "vicuna_v1" else None
     if has_patch_path(sources):
         [llava] = (source.folder for source in sources)
         model = LlavaSPForConditionalGeneration.from_llava(llava, dtype=dtype, **fields)
         return model, LlavaSPProcessor.from_llava(llava, model.config, chat_template=template)
     vision, text = (source.folder for source in sources)
+    if chat_template == "tokenizer" and load_tokenizer(text).chat_template is None:
+        raise ValueError("the tokenizer has no chat template: leave out --chat-template")
     model = LlavaSPForConditionalGeneration.from_vision_text_pretrained(vision, text, dtype=dtype, **fields)
     processor = LlavaSPProcessor.from_vision_text_pretrained(vision, text, model.config, chat_template=template)
     return model, processor
@@ -277,7 +295,10 @@ def count_new_parameters(model: LlavaSPForConditionalGeneration, sources: Sequen
     """How many weights of a created model no source has."""
     projector = model.model.multi_modal_projector
     known = [projector.patch_mlp] if has_patch_path(sources) else []
-    return projector.num_parameters() - sum(parameter.numel() for module in known for parameter in module.parameters())
+    new = projector.num_parameters() - sum(parameter.numel() for module in known for parameter in module.parameters())
+    newline = getattr(model.model, "image_newline", None)
+    has_newline = any(read_json(source.folder / "config.json").get("image_grid_pinpoints") for source in sources)
+    return new if newline is None or has_newline else new + newline.numel()
 
 
 def make_card(
