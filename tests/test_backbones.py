@@ -1,6 +1,7 @@
 """
 Every tower with every language model: what must be equal, over {CLIP, SigLIP, InternVL} x {cropping, pooling} x {with
-and without details} x {Llama, Qwen2, Mistral} and over images in tiles; and which patches other towers give.
+and without details} x {Llama, Qwen2, Mistral} and over images in tiles; and every row of the tables that
+docs/backbones.md has.
 
 Logits have a standard deviation of about 1 here. Measured on an x86 CPU with PyTorch 2.13, Transformers 5.19.0 and
 5.23.0: a batch against each alone 8e-6, eager attention against sdpa 5e-6, no cache against the default 4e-6, tensor
@@ -8,9 +9,12 @@ parallel 2e-6, compiled decoding 1e-6; nothing at all saved against loaded, embe
 offloaded.
 """
 
+import copy
 import json
+import re
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 
 import pytest
 import test_deployment as deployment
@@ -18,6 +22,7 @@ import torch
 import torch.multiprocessing as mp
 from conftest import IMAGE_TOKEN_ID, VARIANTS, randomize_
 from safetensors.torch import load_file, save_file
+from test_docs import REPOSITORY, code, table
 from test_modeling import (
     Answer,
     assert_logits_equal,
@@ -29,25 +34,34 @@ from test_modeling import (
 )
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    Aimv2VisionConfig,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
+    CLIPVisionModel,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTModel,
     Dinov2Config,
-    Dinov2WithRegistersConfig,
-    DINOv3ViTConfig,
-    IJepaConfig,
     InternVLConfig,
     InternVLModel,
     InternVLVisionConfig,
     LlamaConfig,
     MistralConfig,
-    PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
+    SiglipConfig,
+    SiglipModel,
     SiglipVisionConfig,
     ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
 )
 
-from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration
+from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration, LlavaSPProjectorConfig
 from transformers_llava_sp.configuration_llava_sp import ImageLayout
 from transformers_llava_sp.modeling_llava_sp import LlavaSPModel
 
@@ -274,75 +288,260 @@ def test_gradients_reach_every_parameter(backbone):
             assert gradient.abs().max() > 1e-7, name
 
 
-# Towers
+# The tables of docs/backbones.md
 
 
-# Tower, side of its grid and how many tokens stand in front of the patches
-OTHER_TOWERS = {
-    "clip-16x16": (CLIPVisionConfig(hidden_size=32, image_size=64, patch_size=4, **LAYERS), 16, 1),
-    "clip-24x24": (CLIPVisionConfig(hidden_size=32, image_size=96, patch_size=4, **LAYERS), 24, 1),
-    "siglip-27x27-and-a-rest": (SiglipVisionConfig(hidden_size=32, image_size=110, patch_size=4, **LAYERS), 27, 0),
-    "internvl-32x32": (InternVLVisionConfig(hidden_size=32, image_size=128, patch_size=4, **LAYERS), 32, 1),
-    "dinov2": (
-        Dinov2Config(
-            hidden_size=32, mlp_ratio=2, num_hidden_layers=3, num_attention_heads=4, image_size=84, patch_size=7
-        ),
-        12,
-        1,
-    ),
-    "dinov2-with-registers": (
-        Dinov2WithRegistersConfig(
-            hidden_size=32, mlp_ratio=2, num_hidden_layers=3, num_attention_heads=4, image_size=84, patch_size=7
-        ),
-        12,
-        5,
-    ),
-    "dinov3": (
-        DINOv3ViTConfig(hidden_size=32, image_size=84, patch_size=7, num_register_tokens=4, **LAYERS),
-        12,
-        5,
-    ),
-    "vit": (ViTConfig(hidden_size=32, image_size=84, patch_size=7, **LAYERS), 12, 1),
-    "ijepa": (IJepaConfig(hidden_size=32, image_size=84, patch_size=7, **LAYERS), 12, 0),
-    "aimv2": (Aimv2VisionConfig(hidden_size=32, image_size=84, patch_size=7, **LAYERS), 12, 0),
+GUIDE = (REPOSITORY / "docs" / "backbones.md").read_text(encoding="utf-8")
+
+VISION = {"hidden_size": 32, "image_size": 84, "patch_size": 7, **LAYERS}
+# What a class has beside the sizes of all, or calls otherwise
+OTHER_SETTINGS = {
+    "dinov3_vit": {"num_register_tokens": 4},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16},
+    "gemma3": {"text_config": TEXT, "vision_config": VISION},
+    "gemma3_text": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2},
+    "gptj": {"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8},
+    "granite": {"logits_scaling": 8.0},
+    "mistral": {"sliding_window": 128},
+    "mixtral": {"num_local_experts": 4},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
 }
 
 
-def model_with_tower(vision_config: PreTrainedConfig, **arguments) -> LlavaSPModel:
-    config = LlavaSPConfig(
-        vision_config=vision_config,
-        text_config=LlamaConfig(**TEXT),
-        projector_config={"spatial_hidden_size": 16},
-        image_token_id=IMAGE_TOKEN_ID,
-        **arguments,
+def make_model(vision_tower: PreTrainedModel, text_model: PreTrainedModel) -> LlavaSPForConditionalGeneration:
+    return LlavaSPForConditionalGeneration.from_vision_text_pretrained(
+        vision_tower, text_model, image_token_id=IMAGE_TOKEN_ID, spatial_hidden_size=16
     )
-    return randomize_(LlavaSPModel(config)).eval()
 
 
-@pytest.mark.parametrize(("vision_config", "grid_size", "num_others"), OTHER_TOWERS.values(), ids=OTHER_TOWERS)
+def tiny_vision_tower() -> PreTrainedModel:
+    return randomize_(CLIPVisionModel(CLIPVisionConfig(**VISION)))
+
+
+def tiny_language_model(model_type: str = "llama") -> PreTrainedModel:
+    config = AutoConfig.for_model(model_type, **{**TEXT, **OTHER_SETTINGS.get(model_type, {})})
+    return randomize_(AutoModelForCausalLM.from_config(config)).eval()
+
+
+def saved_and_loaded(model: LlavaSPForConditionalGeneration, folder: Path) -> LlavaSPForConditionalGeneration:
+    """
+    The model from a file, with equal weights. What it computes can differ by rounding, as kernels depend on where in
+    memory a weight begins.
+    """
+    model.save_pretrained(folder)
+    loaded, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    state = loaded.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(state[key], tensor), key
+    return loaded
+
+
+GRIDS = table(GUIDE, "grid", "for example", "scales", "detail kernel", "detail features", "tokens of an image")
+
+
+@pytest.mark.parametrize(("grid", "scales", "kernel", "details", "tokens"), [row[:1] + row[2:] for row in GRIDS])
+def test_scales_of_a_grid(grid, scales, kernel, details, tokens):
+    config = LlavaSPProjectorConfig(grid_size=int(grid))
+    assert ", ".join(map(str, config.spatial_scales)) == scales
+    assert str(config.detail_kernel_size) == kernel
+    assert str(config.num_detail_tokens) == details
+    assert f"{config.num_spatial_tokens} + {config.num_patch_tokens}" == tokens
+
+
+def test_grids_are_those_that_the_guide_promises():
+    assert [int(row[0]) for row in GRIDS] == [12, 16, 24, 27, 32, 37]
+    for size in range(1, 11):
+        with pytest.raises(ValueError, match="too small for 6 different default scales"):
+            LlavaSPProjectorConfig(grid_size=size)
+    LlavaSPProjectorConfig(grid_size=11)
+
+
+def test_the_guide_prints_what_it_says(capsys):
+    [block] = [
+        block for block in re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL) if "print(" in block
+    ]
+    exec(block, {})
+    assert capsys.readouterr().out.splitlines() == re.findall(r"^print\(.+\)  # (.+)$", block, re.MULTILINE)
+
+
+# A tower, the side of its grid and how many tokens stand in front of the patches
+TOWERS_OF_OTHER_SIZES = {
+    "clip-16x16": ("clip_vision_model", {"image_size": 64, "patch_size": 4}, 16, 1),
+    "clip-24x24": ("clip_vision_model", {"image_size": 96, "patch_size": 4}, 24, 1),
+    "siglip-27x27-and-a-rest": ("siglip_vision_model", {"image_size": 110, "patch_size": 4}, 27, 0),
+    "internvl-32x32": ("internvl_vision", {"image_size": 128, "patch_size": 4}, 32, 1),
+}
+TOWERS_OF_THE_GUIDE = {
+    code(model_type)[0]: (code(model_type)[0], {}, 12, int(dropped))
+    for _, model_type, _, dropped in table(GUIDE, "vision tower", "`model_type`", "in front of its patches", "dropped")
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "grid_size", "num_others"),
+    [pytest.param(*tower, id=name) for name, tower in [*TOWERS_OF_THE_GUIDE.items(), *TOWERS_OF_OTHER_SIZES.items()]],
+)
 @torch.no_grad()
-def test_patches_of_a_tower(vision_config, grid_size, num_others):
-    """The projector gets one state per patch, row by row: before the first layer, a patch changes its own alone."""
-    model = model_with_tower(vision_config)
+def test_patches_of_a_tower(model_type, sizes, grid_size, num_others, tmp_path):
+    """
+    The projector gets one state per patch, row by row: before the first layer, a patch changes its own alone. What one
+    image shows changes nothing of another.
+    """
+    settings = {**VISION, **OTHER_SETTINGS.get(model_type, {}), **sizes}
+    vision_config = AutoConfig.for_model(model_type, **settings)
+    model = randomize_(make_model(AutoModel.from_config(vision_config), tiny_language_model())).eval()
     given = []
-    model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     images = torch.randn(2, 3, model.config.tile_size, model.config.tile_size, generator=torch.Generator())
 
     output = model.get_image_features(images, output_hidden_states=True)
-    assert output.pooler_output.shape == (2, 6 + grid_size**2, TEXT["hidden_size"])
-    assert output.pooler_output.isfinite().all()
+    features = output.pooler_output
+    assert features.shape == (2, 6 + grid_size**2, TEXT["hidden_size"])
+    assert features.isfinite().all()
     assert output.hidden_states[-2].shape == (2, num_others + grid_size**2, 32)
     assert torch.equal(given[0], output.hidden_states[-2][:, num_others:])
+    swapped = model.get_image_features(images.flip(0)).pooler_output
+    torch.testing.assert_close(swapped.flip(0), features, rtol=0, atol=1e-5)
+    assert (swapped - features).abs().max() > 0.1
 
-    row, column = 3, grid_size - 2
-    patch_size = torch.tensor(vision_config.patch_size).flatten()[0]
+    row, column, patch_size = 3, grid_size - 2, settings["patch_size"]
     changed = images.clone()
     changed[1, :, row * patch_size : (row + 1) * patch_size, column * patch_size : (column + 1) * patch_size] += 1
     model.config.vision_feature_layer = 0
-    model.get_image_features(images)
-    model.get_image_features(changed)
-    difference = (given[2] - given[1]).abs().amax(dim=-1)
+    before, after = (model.get_image_features(pixels).pooler_output for pixels in (images, changed))
+    difference = (given[3] - given[2]).abs().amax(dim=-1)
     assert (difference > 1e-5).nonzero().tolist() == [[1, row * grid_size + column]]
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-6)
+    # The largest map is the whole grid
+    assert (after[1, 5] - before[1, 5]).abs().max() > 1e-4
+
+    model.config.vision_feature_layer = -2
+    loaded_features = saved_and_loaded(model, tmp_path).get_image_features(images).pooler_output
+    torch.testing.assert_close(loaded_features, features, rtol=0, atol=1e-5)
+
+
+REFUSED_TOWERS = [
+    pytest.param(model_type, reason, id=model_type)
+    for _, model_types, reason in table(GUIDE, "vision tower", "`model_type`", "what the error says")
+    for model_type in code(model_types)
+]
+# What is refused for another reason by default, or only when it runs
+REFUSED_SIZES = {"yolos": {"image_size": [84, 84]}, "pixtral": VISION}
+
+
+@pytest.mark.parametrize(("model_type", "reason"), REFUSED_TOWERS)
+def test_towers_that_are_refused(model_type, reason):
+    vision_config = AutoConfig.for_model(model_type, **REFUSED_SIZES.get(model_type, {}))
+    with pytest.raises(ValueError) as refused:
+        LlavaSPConfig(vision_config=vision_config, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE_TOKEN_ID)
+        make_model(AutoModel.from_config(vision_config), tiny_language_model())
+    assert reason in str(refused.value)
+    assert model_type in str(refused.value).lower()
+
+
+@pytest.mark.parametrize(("config_class", "model_class"), [(CLIPConfig, CLIPModel), (SiglipConfig, SiglipModel)])
+def test_tower_of_a_contrastive_model(config_class, model_class, tmp_path):
+    text_config = {"hidden_size": 32, "vocab_size": 128, **LAYERS}
+    whole = randomize_(model_class(config_class(text_config=text_config, vision_config=VISION)))
+    whole.save_pretrained(tmp_path / "whole")
+    model = make_model(tmp_path / "whole", tiny_language_model())
+    expected = {key: value for key, value in whole.vision_model.state_dict().items() if not key.startswith("head.")}
+    tower = model.model.vision_tower.state_dict()
+    assert tower.keys() == expected.keys()
+    assert all(torch.equal(tower[key], tensor) for key, tensor in expected.items())
+    saved_and_loaded(model, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("config_class", "classifier_class", "tower_class"),
+    [(ViTConfig, ViTForImageClassification, ViTModel), (DeiTConfig, DeiTForImageClassification, DeiTModel)],
+)
+@torch.no_grad()
+def test_classifier_without_a_pooler_is_taken_when_it_is_loaded(config_class, classifier_class, tower_class, tmp_path):
+    classifier = randomize_(classifier_class(config_class(**VISION))).eval()
+    classifier.save_pretrained(tmp_path / "classifier")
+    with pytest.raises(
+        ValueError,
+        match=r"lacks weights in the shapes .*: pooler\.dense\.bias, pooler\.dense\.weight\.$",
+    ):
+        make_model(tmp_path / "classifier", tiny_language_model())
+    model = make_model(tower_class.from_pretrained(tmp_path / "classifier"), tiny_language_model())
+    images = torch.randn(2, 3, 84, 84, generator=torch.Generator().manual_seed(1))
+    features = model.get_image_features(images, output_hidden_states=True)
+    expected = classifier(images, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(features.hidden_states[-2], expected, rtol=0, atol=1e-6)
+    saved_and_loaded(model, tmp_path / "model")
+
+
+LANGUAGE_MODELS_OF_THE_GUIDE = [code(row[1])[0] for row in table(GUIDE, "language model", "`model_type`")]
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS_OF_THE_GUIDE)
+@torch.no_grad()
+def test_language_model_answers_as_before_and_reads_images(model_type, tmp_path):
+    """To text alone as the plain model, bit by bit; to images as the plain model given their embeddings."""
+    plain = tiny_language_model(model_type)
+    model = make_model(tiny_vision_tower(), copy.deepcopy(plain))
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(3, IMAGE_TOKEN_ID, (2, 12), generator=generator)
+    assert torch.equal(model(input_ids=text).logits, plain(input_ids=text).logits)
+
+    image, other = torch.randn(2, 1, 3, 84, 84, generator=generator)
+    input_ids = torch.tensor([[1, *[IMAGE_TOKEN_ID] * 150, 3, 4, 5]])
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": image}
+    logits = logits_of(model, inputs)
+    embeddings = plain.get_input_embeddings()(input_ids)
+    embeddings[input_ids == IMAGE_TOKEN_ID] = model.get_image_features(image).pooler_output[0]
+    assert_logits_equal(logits, plain(inputs_embeds=embeddings).logits)
+    assert (logits_of(model, {**inputs, "pixel_values": other})[0, -1] - logits[0, -1]).abs().max() > 1e-3
+
+    answers = [
+        model.generate(**inputs, max_new_tokens=3, eos_token_id=None, use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*answers)
+    assert_logits_equal(logits_of(saved_and_loaded(model, tmp_path), inputs), logits)
+
+
+REFUSED_LANGUAGE_MODELS = [
+    pytest.param(model_type, reason, id=model_type)
+    for _, model_types, reason in table(GUIDE, "language model", "`model_type`", "what the error says")
+    for model_type in code(model_types)
+]
+
+
+@pytest.mark.parametrize(("model_type", "reason"), REFUSED_LANGUAGE_MODELS)
+def test_language_models_that_are_refused(model_type, reason):
+    text_model = tiny_language_model(model_type)
+    with pytest.raises(ValueError) as refused:
+        make_model(tiny_vision_tower(), text_model)
+    assert reason in str(refused.value)
+
+
+def test_granite_without_scaled_scores_is_taken():
+    config = AutoConfig.for_model("granite", **TEXT, logits_scaling=1.0)
+    make_model(tiny_vision_tower(), AutoModelForCausalLM.from_config(config))
+
+
+def test_appended_embeddings_change_no_score():
+    """With a vocabulary that `<image>` does not fit in, for a model that scales and ties its embeddings."""
+    config = AutoConfig.for_model("gemma", **{**TEXT, "vocab_size": IMAGE_TOKEN_ID, "head_dim": 16})
+    plain = randomize_(AutoModelForCausalLM.from_config(config)).eval()
+    model = make_model(tiny_vision_tower(), copy.deepcopy(plain))
+    input_ids = torch.tensor([[1, 5, 6, 7]])
+    logits = logits_of(model, {"input_ids": input_ids})
+    assert logits.shape[-1] == 128
+    assert_logits_equal(logits[..., :IMAGE_TOKEN_ID], logits_of(plain, {"input_ids": input_ids}))
+    assert model.generation_config.suppress_tokens == list(range(IMAGE_TOKEN_ID, 128))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 @torch.no_grad()
