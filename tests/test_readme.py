@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import runpy
@@ -26,6 +27,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from transformers_llava_sp.cli import app
+from transformers_llava_sp.training.train import read_recipe
 
 
 REPOSITORY = Path(__file__).parent.parent
@@ -57,6 +59,14 @@ FOLDERS = {
 }
 # And tiny models of the kind
 MODELS = {"google/siglip2-large-patch16-384": save_siglip, "llava-hf/llava-1.5-7b-hf": save_llava}
+CONVERSATIONS = [
+    {
+        "id": name,
+        "image": name,
+        "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A photo."}],
+    }
+    for name in ("landscape.png", "portrait.png")
+]
 PHOTOS = {"photo.jpg": "landscape.png", "other.jpg": "portrait.png"}
 
 
@@ -106,6 +116,8 @@ def workspace(tmp_path_factory) -> Path:
         (folder / name).symlink_to(target)
     for name, photo in PHOTOS.items():
         (folder / name).symlink_to(FIXTURES / "mini-cropping" / "golden" / photo)
+    (folder / "images").symlink_to(FIXTURES / "mini-cropping" / "golden")
+    (folder / "conversations.json").write_text(json.dumps(CONVERSATIONS))
     for name, save in MODELS.items():
         (folder / name).parent.mkdir(exist_ok=True)
         save(folder / name)
@@ -176,6 +188,14 @@ def test_create_commands_run(command, workspace, tmp_path, monkeypatch):
     AutoModelForImageTextToText.from_pretrained(output)
 
 
+@pytest.mark.parametrize("command", commands_starting_with("llava-sp", "train"), ids=shlex.join)
+def test_train_commands_are_understood(command, tmp_path):
+    model, data, training = read_recipe(command[2], [*command[3:], "--bf16", "False"])
+    assert model.model_name_or_path
+    assert Path(data.train_data).suffix == ".json"
+    assert training.output_dir
+
+
 def test_every_command_is_known():
     targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     extras = re.findall(r"^(\w+) = \[", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
@@ -186,7 +206,7 @@ def test_every_command_is_known():
             assert all(extra in extras for extra in re.findall(r"\[(\w+)\]", " ".join(command)))
         else:
             assert command[0] == "llava-sp", f"no test runs {command}"
-            assert command[1] in ("convert", "ask", "inspect", "create"), f"no test runs {command}"
+            assert command[1] in ("convert", "ask", "inspect", "create", "train", "merge"), f"no test runs {command}"
 
 
 def test_the_readme_has_what_it_must():

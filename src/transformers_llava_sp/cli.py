@@ -87,7 +87,7 @@ def one_line_errors() -> Iterator[None]:
 
     try:
         yield
-    except (ImportError, OSError, ValueError, StrictDataclassError) as error:
+    except (FloatingPointError, ImportError, OSError, ValueError, StrictDataclassError) as error:
         typer.echo(f"llava-sp: error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
 
@@ -244,6 +244,21 @@ def merge(
             revision=revision,
         )
     typer.echo(report)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or one of pretrain, lora, qlora and full.")],
+) -> None:
+    """
+    Train a model as a recipe says. Options override its keys, and are those of Transformers' TrainingArguments and of
+    docs/training.md: --model_name_or_path MODEL --train_data DATA --image_folder IMAGES --output_dir OUTPUT.
+    """
+    with one_line_errors():
+        from .training.train import train as run_training
+
+        run_training(recipe, context.args)
 
 
 @app.command()

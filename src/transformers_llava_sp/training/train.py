@@ -1,0 +1,293 @@
+# Copyright 2026 The transformers-llava-sp authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The `llava-sp train` command: a recipe and what overrides it, the model, the data, and then the trainer"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..modeling_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProjector
+from ..processing_llava_sp import LlavaSPProcessor, vicuna_v1_chat_template
+from .collator import LlavaSPDataCollator
+from .data import ConversationDataset, StreamedConversationDataset, drop_long_records, load_conversations
+from .parts import METHODS, prepare_full, prepare_lora, prepare_projector
+from .trainer import LlavaSPTrainer, LlavaSPTrainingArguments
+
+
+RECIPES = Path(__file__).with_name("recipes")
+# What stays in 16 bits where the language model is quantized. The list replaces Transformers' own.
+UNQUANTIZED_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+
+
+@dataclass
+class ModelArguments:
+    """What is trained, and how much of it."""
+
+    model_name_or_path: str = field(metadata={"help": "A converted or created LLaVA-SP model: a folder or a Hub id."})
+    method: str = field(
+        default="lora",
+        metadata={"help": "What is trained: the projector; lora and the projector; or full, all but the tower."},
+    )
+    projector: str | None = field(
+        default=None, metadata={"help": "The projector to start from, a folder: what method 'projector' has saved."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention, such as sdpa or flash_attention_2."}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the language model to 4 bits (QLoRA)."})
+    lora_r: int = field(default=128, metadata={"help": "Rank of the LoRA matrices."})
+    lora_alpha: int = field(default=256, metadata={"help": "Their product is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of them."})
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"Unknown method {self.method!r}: expected {', '.join(map(repr, METHODS))}.")
+        if self.load_in_4bit and self.method != "lora":
+            raise ValueError(
+                f"load_in_4bit needs method 'lora', not {self.method!r}: 4-bit weights cannot be trained."
+            )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    train_data: str = field(
+        metadata={
+            "help": "LLaVA JSON or JSON lines, or a data set with messages and images: a file, folder or Hub id."
+        }
+    )
+    image_folder: str | None = field(default=None, metadata={"help": "What its images' paths are relative to."})
+    eval_data: str | None = field(default=None, metadata={"help": "What to evaluate on, likewise."})
+    eval_image_folder: str | None = field(default=None, metadata={"help": "Defaults to image_folder."})
+    stage: str = field(
+        default="finetune", metadata={"help": "finetune: conversations; pretrain: captions, without a conversation."}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "'vicuna_v1' for that conversation. The processor's own if not given."}
+    )
+    max_length: int = field(
+        default=2048, metadata={"help": "The longest example, in tokens. Longer ones are dropped."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the training data as they come, in their order."})
+    skip_bad_records: bool = field(default=False, metadata={"help": "Skip and count bad records instead of stopping."})
+    check_images: bool = field(default=False, metadata={"help": "Decode all images before training."})
+
+    def __post_init__(self) -> None:
+        if self.chat_template not in (None, "vicuna_v1"):
+            raise ValueError(f"Unknown chat_template {self.chat_template!r}: expected 'vicuna_v1', or nothing.")
+
+
+class RecipeParser(HfArgumentParser):
+    """HfArgumentParser that raises a `ValueError` where argparse would print a usage of hundreds of lines."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. Keys are the fields of TrainingArguments, ModelArguments and DataArguments.")
+
+
+def read_recipe(
+    recipe: str | Path, overrides: Sequence[str] = ()
+) -> tuple[ModelArguments, DataArguments, LlavaSPTrainingArguments]:
+    """
+    Read a recipe.
+
+    Args:
+        recipe (`str` or `Path`): A YAML file, or the name of a recipe that comes with the package.
+        overrides (`Sequence[str]`): `--key value` pairs, which go before the recipe's.
+
+    Returns:
+        `tuple(ModelArguments, DataArguments, LlavaSPTrainingArguments)`: The arguments.
+
+    Raises:
+        ValueError: If the recipe cannot be read, has unknown keys, or required ones are missing.
+    """
+    file = Path(recipe)
+    if not file.exists():
+        file = RECIPES / f"{recipe}.yaml"
+    if not file.exists():
+        names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+        raise ValueError(f"There is no recipe {str(recipe)!r}: pass a YAML file or one of {names}.")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a YAML {type(content).__name__}, expected keys and values.")
+    arguments: list[str] = []
+    for key, value in content.items():
+        if isinstance(value, dict):
+            arguments += [f"--{key}", json.dumps(value)]
+        elif isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            arguments += [f"--{key}", str(value)]
+    arguments = [current_name(argument) for argument in [*arguments, *overrides]]
+    parser = RecipeParser((ModelArguments, DataArguments, LlavaSPTrainingArguments), allow_abbrev=False)
+    model, data, training = parser.parse_args_into_dataclasses(arguments)
+    return model, data, training
+
+
+def current_name(argument: str) -> str:
+    """An argument under the name that the installed Transformers has for it: newer ones have renamed two."""
+    names = {field.name for field in fields(TrainingArguments)}
+    former = re.match(r"--gradient_checkpointing(?=_kwargs|=|$)", argument)
+    if former is None or "activation_checkpointing" not in names:
+        return argument
+    return f"--activation_checkpointing{argument[former.end() :]}"
+
+
+def load_model(arguments: ModelArguments, training: LlavaSPTrainingArguments) -> Any:
+    """
+    Load the model and make it what is trained.
+
+    Args:
+        arguments ([`ModelArguments`]): Which, and how much of it.
+        training ([`LlavaSPTrainingArguments`]): Say in which number format to compute.
+
+    Returns:
+        [`LlavaSPForConditionalGeneration`] or [`~peft.PeftModel`]: The model.
+
+    Raises:
+        ValueError: If it is no LLaVA-SP model.
+    """
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    quantization = None
+    if arguments.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=UNQUANTIZED_MODULES,
+        )
+    model = AutoModelForImageTextToText.from_pretrained(
+        arguments.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=arguments.attn_implementation,
+        quantization_config=quantization,
+    )
+    if not isinstance(model, LlavaSPForConditionalGeneration):
+        raise ValueError(
+            f"{arguments.model_name_or_path} is a {type(model).__name__}, expected a LLaVA-SP model: convert or "
+            "create one first."
+        )
+    if arguments.projector is not None:
+        projector = LlavaSPProjector.from_pretrained(arguments.projector, dtype=dtype)
+        model.model.multi_modal_projector.load_state_dict(projector.state_dict())
+    if arguments.method == "projector":
+        return prepare_projector(model)
+    if arguments.method == "full":
+        return prepare_full(model)
+    return prepare_lora(
+        model, r=arguments.lora_r, lora_alpha=arguments.lora_alpha, lora_dropout=arguments.lora_dropout
+    )
+
+
+def train(recipe: str | Path, overrides: Sequence[str] = ()) -> LlavaSPTrainer:
+    """
+    Train a model as a recipe says. Writes to the recipe's `output_dir`: the projector, the adapter with the projector,
+    or the whole model, with checkpoints on the way.
+
+    Args:
+        recipe (`str` or `Path`): A YAML file, or the name of a recipe that comes with the package: `pretrain`, `lora`,
+            `qlora` or `full`.
+        overrides (`Sequence[str]`): `--key value` pairs, which go before the recipe's.
+
+    Returns:
+        [`LlavaSPTrainer`]: The trainer, after training.
+
+    Raises:
+        ValueError: If an argument, the model or a record is wrong.
+        FloatingPointError: If the loss becomes NaN or infinite.
+    """
+    model_arguments, data_arguments, training_arguments = read_recipe(recipe, overrides)
+    set_seed(training_arguments.seed)
+    processor = AutoProcessor.from_pretrained(model_arguments.model_name_or_path)
+    collator = make_collator(processor, data_arguments, training_arguments)
+    # Before the model: a wrong record should not have to wait for it
+    with training_arguments.main_process_first(desc="reading the data"):
+        train_dataset = load_data(data_arguments, collator, data_arguments.train_data, data_arguments.image_folder)
+        eval_dataset = None
+        if data_arguments.eval_data is not None:
+            folder = data_arguments.eval_image_folder or data_arguments.image_folder
+            eval_dataset = load_data(data_arguments, collator, data_arguments.eval_data, folder)
+    trainer = LlavaSPTrainer(
+        model=load_model(model_arguments, training_arguments),
+        args=training_arguments,
+        data_collator=collator,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=find_checkpoint(training_arguments))
+    trainer.save_model()
+    trainer.save_state()
+    return trainer
+
+
+def make_collator(
+    processor: LlavaSPProcessor, data: DataArguments, training: LlavaSPTrainingArguments
+) -> LlavaSPDataCollator:
+    """The collator that the arguments ask for; `processor` gets the chat template, which is saved with it."""
+    if data.chat_template == "vicuna_v1":
+        processor.chat_template = vicuna_v1_chat_template(processor.tokenizer, processor.image_token)
+    return LlavaSPDataCollator(
+        processor,
+        max_length=data.max_length,
+        stage=data.stage,
+        # Processes that train together wait for each other in every module
+        dummy_image=training.world_size > 1,
+        return_ids=True,
+    )
+
+
+def load_data(
+    arguments: DataArguments, collator: LlavaSPDataCollator, source: str, image_folder: str | None
+) -> ConversationDataset | StreamedConversationDataset:
+    """The records of a source, checked, without those that are too long."""
+    dataset = load_conversations(
+        source,
+        image_folder,
+        streaming=arguments.streaming,
+        skip_bad_records=arguments.skip_bad_records,
+        check_images=arguments.check_images,
+    )
+    return drop_long_records(dataset, collator)
+
+
+def find_checkpoint(arguments: LlavaSPTrainingArguments) -> str | None:
+    """The checkpoint to resume from: the one named, or for `True` the newest in `output_dir`."""
+    asked = arguments.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        return None
+    if str(asked).lower() != "true":
+        return str(asked)
+    newest = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+    if newest is None:
+        raise ValueError(f"There is no checkpoint to resume from in {arguments.output_dir}.")
+    return newest

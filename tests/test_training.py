@@ -1,0 +1,486 @@
+"""
+Training: the authors' own steps come out, what is trained and saved is what each method says, and how a step is cut
+into batches, or a run into two, changes nothing.
+"""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FIXTURES
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_creation import clip_config
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionModel,
+)
+from typer.testing import CliRunner
+
+import transformers_llava_sp
+from transformers_llava_sp import LlavaSPForConditionalGeneration
+from transformers_llava_sp.cli import app
+from transformers_llava_sp.conversion import convert_checkpoint, create_model, merge_adapter
+from transformers_llava_sp.conversion.original import PROJECTOR_KEYS
+from transformers_llava_sp.training import LlavaSPDataCollator, load_conversations
+from transformers_llava_sp.training.parts import prepare_full, prepare_lora, prepare_projector
+from transformers_llava_sp.training.train import RECIPES, read_recipe, train
+from transformers_llava_sp.training.trainer import LlavaSPTrainer, LlavaSPTrainingArguments, count_labels
+
+
+MINI = FIXTURES / "mini-cropping"
+RECORDS = [
+    ("landscape.png", "What is it?", "A lake."),
+    ("portrait.png", "Which flower is it?", "I do not know."),
+    (None, "Name three primary colors.", "Red, yellow and blue."),
+    ("square.png", "Who is it?", "A woman in an orange suit."),
+    ("landscape.png", "Is it raining?", "No"),
+    (None, "Say hello.", "Hello!"),
+    ("square.png", "What colour is the suit?", "Orange"),
+    ("portrait.png", "How many petals?", "Five or six of them."),
+]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """A folder with a tiny model, `model`, and conversations, `data.json`."""
+    folder = tmp_path_factory.mktemp("training")
+    CLIPVisionModel(clip_config()).save_pretrained(folder / "tower")
+    size = {"height": 84, "width": 84}
+    CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(folder / "tower")
+    create_model(folder / "model", vision_tower=folder / "tower", base_model=MINI / "base", dtype="float32")
+    records = [
+        {
+            "id": f"record {index}",
+            **({"image": image} if image else {}),
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{question}" if image else question},
+                {"from": "gpt", "value": answer},
+            ],
+        }
+        for index, (image, question, answer) in enumerate(RECORDS)
+    ]
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder
+
+
+# In float32, without dropout, warm-up or reordering: what is compared must not depend on chance
+PLAIN = {
+    "bf16": False,
+    "lora_dropout": 0.0,
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "warmup_steps": 0,
+    "train_sampling_strategy": "sequential",
+    "gradient_checkpointing": False,
+    "dataloader_num_workers": 0,
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "dataloader_pin_memory": False,
+}
+
+
+def options(workspace, output, **overrides) -> list[str]:
+    values = {
+        "model_name_or_path": workspace / "model",
+        "train_data": workspace / "data.json",
+        "image_folder": MINI / "golden",
+        "output_dir": output,
+        **PLAIN,
+        **overrides,
+    }
+    return [part for key, value in values.items() for part in (f"--{key}", str(value))]
+
+
+def history(trainer, *keys) -> list[list[float]]:
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [[entry[key] for key in keys] for entry in logs]
+
+
+# The authors' steps
+
+
+@pytest.fixture(scope="module", params=["mini-cropping", "mini-pooling"])
+def authors_steps(request, tmp_path_factory):
+    """The authors' record of four steps, and the model that they start from: the base with the release's adapter."""
+    folder = FIXTURES / request.param
+    steps = json.loads((folder / "golden" / "training_steps.json").read_text())
+    output = tmp_path_factory.mktemp("steps")
+    convert_checkpoint(
+        folder / "release",
+        output / "merged",
+        base_model=folder / "base",
+        vision_tower=folder / "vision",
+        dtype="float32",
+    )
+    merged = AutoModelForImageTextToText.from_pretrained(output / "merged")
+    projector = merged.config.projector_config
+    model = LlavaSPForConditionalGeneration.from_vision_text_pretrained(
+        folder / "vision",
+        folder / "base",
+        spatial_variant=projector.spatial_variant,
+        spatial_hidden_size=projector.spatial_hidden_size,
+        spatial_projection_bias=projector.spatial_projection_bias,
+        dtype=torch.float32,
+    )
+    model.model.multi_modal_projector.load_state_dict(merged.model.multi_modal_projector.state_dict())
+    adapter = json.loads((folder / "release" / "adapter_config.json").read_text())
+    model = prepare_lora(model, r=adapter["r"], lora_alpha=adapter["lora_alpha"], lora_dropout=steps["lora_dropout"])
+    state = {
+        key.replace(".model.model.layers.", ".model.model.language_model.layers.").replace(
+            ".weight", ".default.weight"
+        ): tensor
+        for key, tensor in load_file(folder / "release" / "adapter_model.safetensors").items()
+    }
+    assert not model.load_state_dict(state, strict=False).unexpected_keys
+    records = [{"id": str(index), **record} for index, record in enumerate(steps["records"])]
+    (output / "records.json").write_text(json.dumps(records))
+    processor = AutoProcessor.from_pretrained(output / "merged")
+    dataset = load_conversations(output / "records.json", folder / "golden")
+    return steps, model, processor, dataset
+
+
+def our_name(key: str) -> str:
+    """What our model calls a tensor that the authors' record names."""
+    key = key.removeprefix("base_model.model.")
+    if ".layers." in key:
+        return key.replace("model.layers.", "model.language_model.layers.")
+    name = key.removeprefix("model.")
+    pattern = "conv_{number}.weight" if name.split(".")[0].removeprefix("conv_").isdigit() else name
+    size = name.split(".")[0].removeprefix("conv_")
+    ours = PROJECTOR_KEYS.get(pattern) or PROJECTOR_KEYS[f"mm_projector.{{position}}.{name.rsplit('.', 1)[-1]}"]
+    position = name.split(".")[1]
+    layer = int(position) // 2 if name.startswith("mm_projector") else 0
+    scale = int(size) // 4 - 1 if size.isdigit() else 0
+    return "model.multi_modal_projector.modules_to_save.default." + ours.format(scale=scale, layer=layer)
+
+
+class RecordingTrainer(LlavaSPTrainer):
+    """Keeps what the authors record: losses as they are, and the first step's gradients before they are clipped."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.losses = [*getattr(self, "losses", []), float(loss)]
+        if len(self.losses) == 1:
+            self.gradients = {
+                name: float(parameter.grad.norm())
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad
+            }
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loss_tolerance", "norm_tolerance"),
+    [(torch.float64, 1e-5, 1e-4), (torch.float32, 1e-5, 2e-4)],
+    ids=["float64", "float32"],
+)
+def test_steps_are_the_authors(authors_steps, tmp_path, dtype, loss_tolerance, norm_tolerance):
+    """
+    In float32, which the authors ran in, Adam turns the rounding of a gradient near zero into a step of full length,
+    which moves the gradient norm of a later step by more than 1e-4. In float64 there is no such rounding.
+    """
+    steps, model, processor, dataset = authors_steps
+    trainer = RecordingTrainer(
+        model=copy.deepcopy(model).to(dtype),
+        args=LlavaSPTrainingArguments(
+            output_dir=tmp_path,
+            learning_rate=steps["lr"]["lora"],
+            projector_learning_rate=steps["lr"]["projector"],
+            lr_scheduler_type="constant",
+            num_train_epochs=2,
+            per_device_train_batch_size=2,
+            train_sampling_strategy="sequential",
+            max_grad_norm=1.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            dataloader_pin_memory=False,
+        ),
+        data_collator=LlavaSPDataCollator(processor, return_ids=True),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    expected = steps["steps"]
+    assert [step["batch"] for step in expected] == [0, 1, 0, 1]
+    for loss, [norm], step in zip(trainer.losses, history(trainer, "grad_norm"), expected, strict=True):
+        assert loss == pytest.approx(step["loss"], rel=loss_tolerance)
+        assert norm == pytest.approx(step["grad_norm"], rel=norm_tolerance)
+    by_tensor = {our_name(key): norm for key, norm in expected[0]["grad_norm_by_tensor"].items()}
+    found = {name.removeprefix("base_model.model."): norm for name, norm in trainer.gradients.items()}
+    assert by_tensor.keys() == found.keys()
+    for name, norm in by_tensor.items():
+        # The softmax ignores what these add to all keys alike: the authors' are rounding errors
+        if not name.endswith(("key_proj.bias", "key_norm.bias")):
+            assert found[name] == pytest.approx(norm, rel=1e-4), name
+
+
+# What is trained
+
+
+def trained(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("method", ["projector", "lora", "full"])
+def test_what_is_trained(workspace, method):
+    model = AutoModelForImageTextToText.from_pretrained(workspace / "model", dtype=torch.bfloat16)
+    names = {name for name, _ in model.named_parameters()}
+    projector = {name for name in names if name.startswith("model.multi_modal_projector.")}
+    assert projector
+    prepared = {"projector": prepare_projector, "lora": prepare_lora, "full": prepare_full}[method](model)
+    if method == "projector":
+        expected = projector
+    elif method == "full":
+        expected = {name for name in names if not name.startswith("model.vision_tower.")}
+    else:
+        layers = [
+            f"model.language_model.layers.{layer}.{part}_proj"
+            for layer in range(2)
+            for part in (*(f"self_attn.{name}" for name in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
+        ]
+        prefix = "base_model.model."
+        expected = {f"{prefix}{layer}.lora_{side}.default.weight" for layer in layers for side in "AB"}
+        own = "model.multi_modal_projector."
+        expected |= {f"{prefix}{own}modules_to_save.default.{name.removeprefix(own)}" for name in projector}
+    assert trained(prepared) == expected
+    dtypes = {parameter.dtype for parameter in prepared.parameters() if parameter.requires_grad}
+    assert dtypes == {torch.float32}
+    frozen = {parameter.dtype for parameter in prepared.parameters() if not parameter.requires_grad}
+    assert frozen == {torch.bfloat16}
+
+
+def test_the_projector_is_not_copied(workspace):
+    model = AutoModelForImageTextToText.from_pretrained(workspace / "model")
+    num_parameters = model.num_parameters()
+    prepared = prepare_lora(model, r=4)
+    lora = sum(parameter.numel() for name, parameter in prepared.named_parameters() if ".lora_" in name)
+    assert sum(parameter.numel() for parameter in prepared.parameters()) == num_parameters + lora
+
+
+def test_loss_is_on_the_tokenizers_vocabulary(workspace):
+    model = AutoModelForImageTextToText.from_pretrained(workspace / "model")
+    assert model.config.text_config.vocab_size == 1024
+    assert count_labels(model) == 1000
+
+
+# Through the command
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["train", *arguments])
+
+
+@torch.no_grad()
+def logits_of(model, processor) -> torch.Tensor:
+    content = [{"type": "image", "path": str(MINI / "golden" / "square.png")}, {"type": "text", "text": "Who?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return model.eval()(**inputs).logits
+
+
+def test_adapter_holds_lora_and_projector(workspace, tmp_path):
+    output = tmp_path / "adapter"
+    result = run("lora", *options(workspace, output, learning_rate=1e-2, projector_learning_rate=1e-2))
+    assert result.exit_code == 0, result.output
+    saved = load_file(output / "adapter_model.safetensors")
+    key = "base_model.model.model.multi_modal_projector.spatial_projection.weight"
+    original = AutoModelForImageTextToText.from_pretrained(workspace / "model")
+    names = [name for name, _ in original.model.multi_modal_projector.named_parameters()]
+    assert {f"base_model.model.model.multi_modal_projector.{name}" for name in names} < saved.keys()
+    assert not torch.equal(saved[key], original.model.multi_modal_projector.spatial_projection.weight)
+
+    merge_adapter(output, tmp_path / "merged")
+    models = {
+        "peft": PeftModel.from_pretrained(original, output).base_model.model,
+        "transformers": AutoModelForImageTextToText.from_pretrained(output),
+        "merged": AutoModelForImageTextToText.from_pretrained(tmp_path / "merged"),
+    }
+    processor = AutoProcessor.from_pretrained(output)
+    logits = {name: logits_of(model, processor) for name, model in models.items()}
+    for name, model in models.items():
+        [weight] = [
+            weight
+            for parameter, weight in model.named_parameters()
+            if parameter.endswith("spatial_projection.weight") and "original_module" not in parameter
+        ]
+        assert torch.equal(weight, saved[key]), name
+        torch.testing.assert_close(logits[name], logits["peft"], rtol=0, atol=1e-4)
+    untrained = logits_of(AutoModelForImageTextToText.from_pretrained(workspace / "model"), processor)
+    assert (logits["peft"] - untrained).abs().max() > 1e-2
+
+
+def test_stage_one_gives_the_projector_that_stage_two_takes(workspace, tmp_path):
+    captions = [record for record in json.loads((workspace / "data.json").read_text()) if "image" in record]
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    output = tmp_path / "stage-1"
+    overrides = {"train_data": tmp_path / "captions.json", "save_strategy": "steps", "save_steps": 2}
+    result = run("pretrain", *options(workspace, output, **overrides))
+    assert result.exit_code == 0, result.output
+    for folder in (output, output / "checkpoint-2"):
+        state = load_file(folder / "model.safetensors")
+        assert not any(name.startswith("model.") for name in state)
+    projector = AutoModel.from_pretrained(output)
+    before = AutoModelForImageTextToText.from_pretrained(workspace / "model").model.multi_modal_projector
+    assert not torch.equal(projector.patch_mlp.layers[0].weight, before.patch_mlp.layers[0].weight)
+
+    # A rate of zero shows what training starts from
+    trainer = train(
+        "lora", options(workspace, tmp_path / "stage-2", projector=output, learning_rate=0, projector_learning_rate=0)
+    )
+    found = trainer.unwrapped_model.model.multi_modal_projector.modules_to_save["default"]
+    for name, tensor in projector.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(1, 4), (2, 2)])
+def test_accumulated_batches_equal_large_ones(workspace, tmp_path, batch, accumulate):
+    def run_with(batch, accumulate):
+        overrides = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate}
+        trainer = train("lora", options(workspace, tmp_path / "out", max_steps=4, learning_rate=1e-3, **overrides))
+        return history(trainer, "loss", "grad_norm")
+
+    expected, found = run_with(4, 1), run_with(batch, accumulate)
+    assert len(expected) == 4
+    for one, other in zip(expected, found, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "pretrain"])
+def test_stopped_and_resumed_equals_uninterrupted(workspace, tmp_path, method):
+    overrides = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2, "save_total_limit": 9}
+    overrides["lora_dropout"] = 0.1
+    overrides["train_sampling_strategy"] = "group_by_length"
+    if method == "pretrain":
+        captions = [record for record in json.loads((workspace / "data.json").read_text()) if "image" in record]
+        (tmp_path / "captions.json").write_text(json.dumps(captions))
+        overrides["train_data"] = tmp_path / "captions.json"
+    whole = train(method, options(workspace, tmp_path / "whole", **overrides))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    resumed = train(method, options(workspace, tmp_path / "resumed", resume_from_checkpoint=True, **overrides))
+    assert history(whole, "loss", "grad_norm") == history(resumed, "loss", "grad_norm")
+    name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    expected, found = load_file(tmp_path / "whole" / name), load_file(tmp_path / "resumed" / name)
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
+def test_batches_have_every_record_once(workspace, tmp_path, strategy):
+    records = json.loads((workspace / "data.json").read_text())
+    records = [{**record, "id": f"{copy} {record['id']}"} for copy in range(8) for record in records]
+    texts = {record["id"] for record in records if "image" not in record}
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    seen: list[list[str]] = []
+
+    class Trainer(LlavaSPTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            seen.append(inputs["ids"])
+            return torch.tensor(0.0)
+
+    overrides = {"train_data": tmp_path / "data.json", "train_sampling_strategy": strategy, "num_train_epochs": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers_llava_sp.training.train.LlavaSPTrainer", Trainer)
+        train("lora", options(workspace, tmp_path / "out", **overrides))
+    assert sorted(record for batch in seen for record in batch) == sorted(record["id"] for record in records)
+    num_mixed = sum(len(texts.intersection(batch)) == 1 for batch in seen)
+    # Transformers sorts 16 records at a time here: at most one of those eight batches has both kinds, or two, as the
+    # longest record of all is moved to the front
+    assert (num_mixed <= 5) == (strategy == "group_by_length")
+
+
+def test_a_loss_that_is_no_number_stops_with_the_records(workspace, tmp_path):
+    model = shutil.copytree(workspace / "model", tmp_path / "model")
+    state = load_file(model / "model.safetensors")
+    state["lm_head.weight"][7, 0] = float("nan")
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    result = run("lora", *options(workspace, tmp_path / "out", model_name_or_path=model))
+    assert result.exit_code == 1
+    assert "llava-sp: error: The loss of step 1 is nan, on the records 'record 0', 'record 1'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "There is no recipe 'nothing': pass a YAML file or one of full, lora, pretrain, qlora"),
+        (["lora"], "the following arguments are required"),
+        (["lora", "--modle_name_or_path", "x"], "arguments are required"),
+        (["lora", "--method", "magic", "--model_name_or_path", "x", "--train_data", "y"], "Unknown method 'magic'"),
+        (["full", "--load_in_4bit", "true", "--model_name_or_path", "x", "--train_data", "y"], "load_in_4bit needs"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+
+
+def test_unknown_keys_of_a_recipe_are_named(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model_name_or_path: x\ntrain_data: y\nlearning_rat: 1\n")
+    with pytest.raises(ValueError, match="learning_rat"):
+        read_recipe(recipe)
+    recipe.write_text("- a\n")
+    with pytest.raises(ValueError, match="holds a YAML list"):
+        read_recipe(recipe)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_recipes_are_the_authors(name):
+    model, data, training = read_recipe(
+        name, ["--model_name_or_path", "x", "--train_data", "y", "--output_dir", "out", "--bf16", "False"]
+    )
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert data.max_length == 2048
+    assert (training.weight_decay, training.num_train_epochs, training.warmup_steps) == (0.0, 1, 0.03)
+    assert training.lr_scheduler_type == "cosine"
+    if name == "pretrain":
+        assert (model.method, data.stage, batch, training.learning_rate) == ("projector", "pretrain", 256, 1e-3)
+        return
+    assert (data.stage, batch) == ("finetune", 128)
+    if name == "full":
+        assert (model.method, training.learning_rate) == ("full", 2e-5)
+        return
+    assert (model.method, training.learning_rate, training.projector_learning_rate) == ("lora", 2e-4, 2e-5)
+    assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (128, 256, 0.05)
+    assert model.load_in_4bit == (name == "qlora")
+
+
+@pytest.mark.slow
+def test_processes_with_and_without_images_finish(workspace, tmp_path):
+    """Two processes, each with every second record of a batch: in one step, one of them has texts alone."""
+    records = json.loads((workspace / "data.json").read_text())
+    order = [0, 2, 1, 5, 3, 4, 6, 7]
+    (tmp_path / "data.json").write_text(json.dumps([records[index] for index in order]))
+    common = {"train_data": tmp_path / "data.json", "max_steps": 2, "learning_rate": 1e-3, "use_cpu": True}
+    alone = train("lora", options(workspace, tmp_path / "alone", per_device_train_batch_size=4, **common))
+    program = "import sys; from transformers_llava_sp.cli import app; app(sys.argv[1:])"
+    (tmp_path / "run.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "run.py"]
+    overrides = {"per_device_train_batch_size": 2, "ddp_find_unused_parameters": False, **common}
+    result = subprocess.run(
+        [*command, "train", "lora", *options(workspace, tmp_path / "together", **overrides)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(transformers_llava_sp.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    state = json.loads((tmp_path / "together" / "trainer_state.json").read_text())
+    together = [[entry["loss"], entry["grad_norm"]] for entry in state["log_history"] if "loss" in entry]
+    for one, other in zip(history(alone, "loss", "grad_norm"), together, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
