@@ -6,6 +6,7 @@ into batches, or a run into two, changes nothing.
 import copy
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -484,3 +485,33 @@ def test_processes_with_and_without_images_finish(workspace, tmp_path):
     together = [[entry["loss"], entry["grad_norm"]] for entry in state["log_history"] if "loss" in entry]
     for one, other in zip(history(alone, "loss", "grad_norm"), together, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_quantized_language_model_is_trained_beside_an_exact_projector(workspace, tmp_path):
+    overrides = {"bf16": True, "use_cpu": True, "max_steps": 2, "learning_rate": 1e-2, "lora_dropout": 0.0}
+    trainer = train("qlora", options(workspace, tmp_path, **overrides))
+    model = trainer.unwrapped_model
+    exact = (model.model.vision_tower, model.model.multi_modal_projector, model.lm_head)
+    assert not any(type(module).__name__ == "Linear4bit" for part in exact for module in part.modules())
+    layer = model.model.language_model.layers[0].mlp.up_proj
+    assert type(layer.base_layer).__name__ == "Linear4bit"
+    assert {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad} == {torch.float32}
+    assert len(history(trainer, "loss")) == 2
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert torch.isfinite(logits_of(loaded, AutoProcessor.from_pretrained(tmp_path))).all()
+
+
+def test_example_script_trains_an_adapter_that_merges(workspace, tmp_path, monkeypatch):
+    arguments = [
+        str(workspace / "model"),
+        str(workspace / "data.json"),
+        str(MINI / "golden"),
+        str(tmp_path / "adapter"),
+    ]
+    script = Path(__file__).parents[1] / "examples" / "finetune_lora.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments, "--rank", "4"])
+    runpy.run_path(str(script), run_name="__main__")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    adapter, merged = (AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("adapter", "merged"))
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits_of(adapter, processor), logits_of(merged, processor), rtol=0, atol=1e-4)

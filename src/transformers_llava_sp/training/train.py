@@ -227,6 +227,9 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> LlavaSPTrainer:
     """
     model_arguments, data_arguments, training_arguments = read_recipe(recipe, overrides)
     set_seed(training_arguments.seed)
+    if data_arguments.streaming:
+        # One process would read for all and stack their batches, whose images differ in number
+        training_arguments.accelerator_config.dispatch_batches = False
     processor = AutoProcessor.from_pretrained(model_arguments.model_name_or_path)
     collator = make_collator(processor, data_arguments, training_arguments)
     # Before the model: a wrong record should not have to wait for it
