@@ -403,6 +403,21 @@ def test_batches_have_every_record_once(workspace, tmp_path, strategy):
     assert (num_mixed <= 5) == (strategy == "group_by_length")
 
 
+@pytest.mark.parametrize("strategy", ["group_by_length", "sequential"])
+def test_evaluation_loss_is_that_of_all_records(workspace, tmp_path, strategy):
+    overrides = {"eval_data": workspace / "data.json", "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    overrides |= {"learning_rate": 0, "projector_learning_rate": 0, "train_sampling_strategy": strategy}
+    trainer = train("lora", options(workspace, tmp_path, per_device_eval_batch_size=8, **overrides))
+    [found] = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    batch = trainer.data_collator([trainer.eval_dataset[index] for index in range(len(RECORDS))])
+    labels = batch.pop("labels")[:, 1:]
+    batch.pop("ids")
+    with torch.no_grad():
+        scores = trainer.model.eval()(**batch).logits[:, :-1, :1000].double()
+    expected = torch.nn.functional.cross_entropy(scores[labels != -100], labels[labels != -100])
+    assert found == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_a_loss_that_is_no_number_stops_with_the_records(workspace, tmp_path):
     model = shutil.copytree(workspace / "model", tmp_path / "model")
     state = load_file(model / "model.safetensors")

@@ -170,6 +170,13 @@ class LlavaSPTrainer(Trainer):
             )
         return super()._get_train_sampler(train_dataset)
 
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(eval_dataset, ConversationDataset):
+            generator = torch.Generator().manual_seed(self.args.seed)
+            lengths = eval_dataset.modality_lengths
+            return LengthGroupedSampler(self.args.eval_batch_size, lengths=lengths, generator=generator)
+        return super()._get_eval_sampler(eval_dataset)
+
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As Trainer's. Raises a `FloatingPointError` if the loss is NaN or infinite."""
         ids = inputs.get("ids", [])
