@@ -383,6 +383,12 @@ UNSUITABLE_TOWERS = {
 }
 
 
+def vision_image_size(vision_config: PreTrainedConfig) -> int:
+    """Side of the images that a vision tower of square images takes, in pixels."""
+    size = vision_config.image_size
+    return size[0] if isinstance(size, (list, tuple)) else size
+
+
 def vision_grid_size(vision_config: PreTrainedConfig) -> int:
     """
     The side of a vision tower's square patch grid.
@@ -622,8 +628,7 @@ class LlavaSPConfig(LlavaSPPreTrainedConfig):
     @property
     def tile_size(self) -> int:
         """`int`: Side of the images that the vision tower takes, in pixels."""
-        size = self.vision_config.image_size
-        return size[0] if isinstance(size, (list, tuple)) else size
+        return vision_image_size(self.vision_config)
 
     def get_image_layout(self, image_size: Sequence[int] | None = None) -> ImageLayout:
         """

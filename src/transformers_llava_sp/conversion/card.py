@@ -378,20 +378,9 @@ def make_model_card(
     """
     projector: Any = config.projector_config
     title = f"LLaVA-SP-{projector.spatial_variant.capitalize()}"
-    base_models = list(dict.fromkeys(source.name for source in sources if source.is_hub_id))
-    license = common_license(sources)
     roles = {source.role for source in sources}
     return ModelCard.from_template(
-        ModelCardData(
-            license=license,
-            license_name="see-model-card" if license == "other" else None,
-            base_model=base_models or None,
-            # The Hub's word for several models that became one, and its own guess for a list
-            base_model_relation="merge" if len(base_models) > 1 else None,
-            pipeline_tag="image-text-to-text",
-            library_name="transformers",
-            tags=["llava", "llava-sp", "multimodal", "vision", "custom_code", "arxiv:2507.00505"],
-        ),
+        make_metadata(sources),
         template_str=TEMPLATE,
         title=title,
         pretraining=layout == Layout.SP_PRETRAINING.value,
@@ -414,7 +403,7 @@ def make_model_card(
         else [],
         sources=sources,
         license_text=license_text,
-        non_commercial=license == NON_COMMERCIAL_LICENSE,
+        non_commercial=common_license(sources) == NON_COMMERCIAL_LICENSE,
         inner_parts=[role for role in ("language model", "vision tower") if role not in roles],
         command=command,
         notes=notes,
@@ -422,6 +411,30 @@ def make_model_card(
             "transformers-llava-sp": __version__,
             **{library: importlib.metadata.version(library) for library in VERSIONED_LIBRARIES},
         },
+    )
+
+
+def make_metadata(sources: Sequence[Provenance]) -> ModelCardData:
+    """
+    What the Hub reads of a card.
+
+    Args:
+        sources (`Sequence[Provenance]`): Where the weights come from.
+
+    Returns:
+        `ModelCardData`: The metadata.
+    """
+    license = common_license(sources)
+    base_models = list(dict.fromkeys(source.name for source in sources if source.is_hub_id))
+    return ModelCardData(
+        license=license,
+        license_name="see-model-card" if license == "other" else None,
+        base_model=base_models or None,
+        # The Hub's word for several models that became one, and its own guess for a list
+        base_model_relation="merge" if len(base_models) > 1 else None,
+        pipeline_tag="image-text-to-text",
+        library_name="transformers",
+        tags=["llava", "llava-sp", "multimodal", "vision", "custom_code", "arxiv:2507.00505"],
     )
 
 

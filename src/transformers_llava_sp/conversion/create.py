@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from ..configuration_llava_sp import SPATIAL_VARIANTS, LlavaSPConfig
+from ..configuration_llava_sp import SPATIAL_VARIANTS, LlavaSPConfig, vision_image_size
 from ..modeling_llava_sp import LlavaSPForConditionalGeneration
 from ..processing_llava_sp import LlavaSPProcessor, load_tokenizer
-from .card import Provenance, common_license, license_text, part_sizes, read_license
+from .card import Provenance, license_text, make_metadata, part_sizes, read_license
 from .checkpoint import ConversionError, SourceFolder, read_json, resolve_source
 from .convert import DEFAULT_MAX_SHARD_SIZE, SMALL_FILES_SIZE, WriteOptions, command_line
 from .parts import CHAT_TEMPLATES, CONFIG_ERRORS
@@ -195,7 +195,8 @@ def create_model(
     torch.manual_seed(seed)
     try:
         if image_tiles:
-            size = read_image_size(sources[0].folder)
+            config = AutoConfig.from_pretrained(sources[0].folder)
+            size = vision_image_size(getattr(config, "vision_config", config))
             fields["image_grid_pinpoints"] = [[rows * size, columns * size] for rows, columns in PAPER_TILE_GRIDS]
         with without_warnings():
             model, processor = load_parts(sources, dtype, fields, chat_template)
@@ -279,13 +280,6 @@ def load_parts(
     return model, processor
 
 
-def read_image_size(folder: Path) -> int:
-    """Side of the images that the vision tower of a model takes, in pixels."""
-    config = AutoConfig.from_pretrained(folder)
-    size = getattr(config, "vision_config", config).image_size
-    return size[0] if isinstance(size, (list, tuple)) else size
-
-
 def has_patch_path(sources: Sequence[SourceFolder]) -> bool:
     """Whether a model was made of one that projects patches already."""
     return [source.role for source in sources] == ["LLaVA"]
@@ -327,20 +321,10 @@ def make_card(
         )
         for source in sources
     ]
-    license = common_license(provenance)
-    base_models = [source.name for source in provenance if source.is_hub_id]
     projector: Any = model.config.projector_config
     new = "The weights that make the spatial tokens are" if has_patch_path(sources) else "The projector's weights are"
     return ModelCard.from_template(
-        ModelCardData(
-            license=license,
-            license_name="see-model-card" if license == "other" else None,
-            base_model=base_models or None,
-            base_model_relation="merge" if len(base_models) > 1 else None,
-            pipeline_tag="image-text-to-text",
-            library_name="transformers",
-            tags=["llava", "llava-sp", "multimodal", "vision", "custom_code", "arxiv:2507.00505"],
-        ),
+        make_metadata(provenance),
         template_str=TEMPLATE,
         variant=projector.spatial_variant.capitalize(),
         untrained=new,
