@@ -4,6 +4,7 @@ into batches, or a run into two, changes nothing.
 """
 
 import copy
+import importlib.util
 import json
 import os
 import runpy
@@ -442,6 +443,16 @@ def test_wrong_arguments_are_named(arguments, message):
     result = run(*arguments)
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
+
+
+def test_missing_extra_is_named(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "transformers_llava_sp.training.train.find_spec", lambda name: None if name == "peft" else found(name)
+    )
+    result = run("lora")
+    assert result.exit_code == 1
+    assert "Training needs peft: pip install 'transformers-llava-sp[train]'" in result.output
 
 
 def test_unknown_keys_of_a_recipe_are_named(tmp_path):

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -222,9 +223,11 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> LlavaSPTrainer:
         [`LlavaSPTrainer`]: The trainer, after training.
 
     Raises:
+        ImportError: If the extra `train` is not installed.
         ValueError: If an argument, the model or a record is wrong.
         FloatingPointError: If the loss becomes NaN or infinite.
     """
+    require_extra()
     model_arguments, data_arguments, training_arguments = read_recipe(recipe, overrides)
     set_seed(training_arguments.seed)
     if data_arguments.streaming:
@@ -251,6 +254,13 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> LlavaSPTrainer:
     trainer.save_model()
     trainer.save_state()
     return trainer
+
+
+def require_extra() -> None:
+    """Raise an `ImportError` that names the extra, where Trainer would name packages one after the other."""
+    missing = [name for name in ("accelerate", "datasets", "peft") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"Training needs {', '.join(missing)}: pip install 'transformers-llava-sp[train]'.")
 
 
 def make_collator(
