@@ -246,6 +246,43 @@ def merge(
     typer.echo(report)
 
 
+@app.command()
+def export_original(
+    adapter: Annotated[
+        str, typer.Argument(help="The adapter, or the projector of the first stage: a folder or a Hub id[@revision].")
+    ],
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="The LLaVA-SP model it was trained on, likewise. The one that it names if not given."),
+    ] = None,
+    language_model: Annotated[
+        str | None, typer.Option(help="That model's language model by itself, for the authors' code, likewise.")
+    ] = None,
+    vision_tower: Annotated[
+        str | None, typer.Option(help="Its vision tower by itself, which the authors' code needs, likewise.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the result of an earlier export.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Compare both parts with the model's, and read the result again.")
+    ] = True,
+) -> None:
+    """Write an adapter that was trained with this package as a LoRA release of the authors' code."""
+    with one_line_errors():
+        from .conversion import export_original as export
+
+        report = export(
+            adapter,
+            output,
+            base_model=base_model,
+            language_model=language_model,
+            vision_tower=vision_tower,
+            overwrite=overwrite,
+            verify=verify,
+        )
+    typer.echo(report)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,

@@ -11,11 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The authors' checkpoints -> this package's format"""
+"""The authors' checkpoints -> this package's format, and back"""
 
 from .checkpoint import ConversionError
 from .convert import ConversionReport, convert_checkpoint
 from .create import CreationReport, create_model
+from .export import ExportReport, export_original
 from .inspection import Inspection, inspect_checkpoint
 from .merge import merge_adapter
 
@@ -24,9 +25,11 @@ __all__ = [
     "ConversionError",
     "ConversionReport",
     "CreationReport",
+    "ExportReport",
     "Inspection",
     "convert_checkpoint",
     "create_model",
+    "export_original",
     "inspect_checkpoint",
     "merge_adapter",
 ]

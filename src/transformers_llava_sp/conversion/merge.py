@@ -13,13 +13,14 @@
 # limitations under the License.
 """Merging an adapter that was trained with this package into the model that it was trained on"""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import GenerationConfig
 
 from ..configuration_llava_sp import LlavaSPConfig
 from ..processing_llava_sp import LlavaSPProcessor
-from .checkpoint import ConversionError, TensorFiles, join_keys, resolve_source
+from .checkpoint import ConversionError, SourceFolder, TensorFiles, join_keys, resolve_source
 from .convert import DEFAULT_MAX_SHARD_SIZE, ConversionReport, Stopwatch, WriteOptions, write_model
 from .lora import LoraAdapter
 from .original import MODEL_WEIGHTS, Layout, identify_layout
@@ -83,20 +84,73 @@ def merge_adapter(
     return write_model(plan, output, options, arguments, stopwatch)
 
 
-def plan_merge(adapter_name: str | Path, base_model: str | Path | None, dtype: str) -> ConversionPlan:
+@dataclass(frozen=True)
+class ConvertedModel:
+    """
+    A model in this package's format, complete.
+
+    Args:
+        source (`SourceFolder`): Where it is.
+        weights (`TensorFiles`): Its tensors, whose keys and shapes are those of its configuration.
+        shapes (`dict[str, tuple[int, ...]]`): Their shapes, in the model's order.
+        config (`LlavaSPConfig`): Its configuration.
+        generation_config (`GenerationConfig`): How it generates.
+        processor (`LlavaSPProcessor`): Its processor.
+    """
+
+    source: SourceFolder
+    weights: TensorFiles
+    shapes: dict[str, tuple[int, ...]]
+    config: LlavaSPConfig
+    generation_config: GenerationConfig
+    processor: LlavaSPProcessor
+
+    @classmethod
+    def open(cls, source: SourceFolder, advice: str) -> "ConvertedModel":
+        """
+        Open a folder.
+
+        Args:
+            source ([`SourceFolder`]): The folder.
+            advice (`str`): A sentence for the error message where it is something else.
+
+        Raises:
+            ConversionError: If it is something else, or not complete.
+        """
+        folder = source.folder
+        check_layout(folder, source.role, [Layout.CONVERTED], advice)
+        weights = TensorFiles.from_folder(folder, MODEL_WEIGHTS)
+        try:
+            config = LlavaSPConfig.from_pretrained(folder)
+            generation_config = GenerationConfig.from_pretrained(folder)
+            processor = LlavaSPProcessor.from_pretrained(folder)
+        except CONFIG_ERRORS as error:
+            raise ConversionError(f"{folder} is not a complete LLaVA-SP model: {error}") from error
+        shapes = model_shapes(config)
+        if difference := sorted(shapes.keys() ^ set(weights)):
+            raise ConversionError(
+                f"The weights in {folder} do not fit its config.json, missing or unexpected: {join_keys(difference)}."
+            )
+        for key, shape in shapes.items():
+            weights.check(key, shape)
+        return cls(source, weights, shapes, config, generation_config, processor)
+
+
+def open_adapter(
+    adapter_name: str | Path, base_model: str | Path | None
+) -> tuple[SourceFolder, LoraAdapter, ConvertedModel]:
     """
     Find adapter and model, and check that they belong together.
 
     Args:
         adapter_name (`str` or `Path`): The adapter, a folder or a Hub id.
-        base_model (`str` or `Path`, *optional*): The model, likewise.
-        dtype (`str`): A key of `DTYPES` or `"auto"`.
+        base_model (`str` or `Path`, *optional*): The model, likewise. Defaults to the one that the adapter names.
 
     Returns:
-        [`ConversionPlan`]: What to write.
+        `tuple(SourceFolder, LoraAdapter, ConvertedModel)`: Where the adapter is, the adapter, and the model.
 
     Raises:
-        ConversionError: If they cannot be merged.
+        ConversionError: If one of them is something else, or they do not belong together.
     """
     source = resolve_source(adapter_name, "adapter")
     # An adapter of the head alone cannot be told from a language model's; its keys are checked against the model's
@@ -113,35 +167,42 @@ def plan_merge(adapter_name: str | Path, base_model: str | Path | None, dtype: s
         "LLaVA-SP model",
         advice="" if base_model is not None else f"{adapter.config_file} names it; pass yours with --base-model.",
     )
-    check_layout(base.folder, "LLaVA-SP model", [Layout.CONVERTED], "Pass the model that the adapter was trained on.")
-    weights = TensorFiles.from_folder(base.folder, MODEL_WEIGHTS)
-    try:
-        config = LlavaSPConfig.from_pretrained(base.folder)
-        generation_config = GenerationConfig.from_pretrained(base.folder)
-        processor = LlavaSPProcessor.from_pretrained(base.folder)
-    except CONFIG_ERRORS as error:
-        raise ConversionError(f"{base.folder} is not a complete LLaVA-SP model: {error}") from error
-    shapes = model_shapes(config)
-    if difference := sorted(shapes.keys() ^ set(weights)):
-        raise ConversionError(
-            f"The weights in {base.folder} do not fit its config.json, missing or unexpected: {join_keys(difference)}."
-        )
-    adapter.check_targets(weights)
+    model = ConvertedModel.open(base, "Pass the model that the adapter was trained on.")
+    adapter.check_targets(model.weights)
+    return source, adapter, model
+
+
+def plan_merge(adapter_name: str | Path, base_model: str | Path | None, dtype: str) -> ConversionPlan:
+    """
+    Plan what is written.
+
+    Args:
+        adapter_name (`str` or `Path`): The adapter, a folder or a Hub id.
+        base_model (`str` or `Path`, *optional*): The model, likewise.
+        dtype (`str`): A key of `DTYPES` or `"auto"`.
+
+    Returns:
+        [`ConversionPlan`]: What to write.
+
+    Raises:
+        ConversionError: If adapter and model cannot be merged.
+    """
+    source, adapter, model = open_adapter(adapter_name, base_model)
     sources = {}
-    for key, shape in shapes.items():
-        weights.check(key, shape)
+    for key, shape in model.shapes.items():
         if key in adapter.replaced:
             sources[key] = Source(adapter.tensors, adapter.replaced[key], shape, adapter, key)
         else:
-            sources[key] = Source(weights, key, shape, adapter, key)
-    target_dtype = storage_dtype(base.folder, weights) if dtype == "auto" else DTYPES[dtype]
-    set_dtype(config, target_dtype)
-    opened = {str(file): file for files in (weights.files, adapter.tensors.files) for file in files.values()}
+            sources[key] = Source(model.weights, key, shape, adapter, key)
+    base = model.source
+    target_dtype = storage_dtype(base.folder, model.weights) if dtype == "auto" else DTYPES[dtype]
+    set_dtype(model.config, target_dtype)
+    opened = {str(file): file for files in (model.weights.files, adapter.tensors.files) for file in files.values()}
     return ConversionPlan(
         layout=Layout.OUR_ADAPTER,
-        config=config,
-        generation_config=generation_config,
-        processor=processor,
+        config=model.config,
+        generation_config=model.generation_config,
+        processor=model.processor,
         dtype=target_dtype,
         sources=sources,
         input_files={source: source.files(opened), base: base.files(opened)},

@@ -35,11 +35,16 @@ PROJECTOR_PREFIX = "model."
 # In front of the vision tower's keys where a full checkpoint has them
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 
+# In front of the language model's keys in our model, but for its head's
+OUR_LANGUAGE_MODEL_PREFIX = "model.language_model."
+# What an adapter of ours has to adapt to be one that the authors' layout has
+OUR_BLOCKS_PREFIX = OUR_LANGUAGE_MODEL_PREFIX + "layers."
+
 # Where each of the authors' keys goes, `None` for what is dropped. The first pattern that matches a whole key decides.
 LANGUAGE_MODEL_KEYS: dict[str, str | None] = {
     # Recomputed from the configuration; checkpoints from before Transformers 4.32 still store it
     r".*\.rotary_emb\.inv_freq": None,
-    r"model\.(.+)": r"model.language_model.\1",
+    r"model\.(.+)": OUR_LANGUAGE_MODEL_PREFIX + r"\1",
     r"(lm_head\..+)": r"\1",
 }
 VISION_TOWER_KEYS: dict[str, str | None] = {
@@ -101,6 +106,17 @@ UNSUPPORTED_KEYS = {
         "the ablation with blocks of several convolutions and BatchNorm (conv_block)"
     ),
 }
+
+# What the authors' code calls its variants with all six scales, by whether the maps are crops or pooled, there are
+# detail features, and the projection has a bias. It has no others, and finds nothing of this in a checkpoint.
+VARIANTS = {
+    ("cropping", True, True): "conv336_cropping_sfe_dfi",
+    ("cropping", False, False): "conv336",
+    ("pooling", True, False): "conv336_adptive_pooling_fuse_49",
+    ("pooling", False, False): "conv336_pooling_sfe",
+}
+# Of the variant for 224 pixels, whose kernels are numbered 1, 2, ... in place of their sizes
+NUMBERED_GRID_SIZE, NUMBERED_SCALES = 16, [2, 4, 6, 8, 10, 12, 14, 16]
 
 # All strided convolutions of the authors' code have this stride, which leaves no trace in a checkpoint
 DETAIL_STRIDE = 2
@@ -190,6 +206,11 @@ def identify_model(tensors: TensorFiles) -> Layout:
     if has(r"(model|transformer)\.(embed_tokens|wte|layers|h)\."):
         return Layout.LANGUAGE_MODEL
     return Layout.UNKNOWN_WEIGHTS
+
+
+def original_language_model_key(key: str) -> str:
+    """The authors' key of a tensor of the language model's blocks: what `LANGUAGE_MODEL_KEYS` gives, turned round."""
+    return "model." + key.removeprefix(OUR_LANGUAGE_MODEL_PREFIX)
 
 
 def rename_key(key: str, table: Mapping[str, str | None]) -> str | None:

@@ -26,6 +26,8 @@ from .checkpoint import ConversionError, TensorFiles, join_keys
 from .original import (
     DETAIL_KEYS,
     DETAIL_STRIDE,
+    NUMBERED_GRID_SIZE,
+    NUMBERED_SCALES,
     OUR_PROJECTOR_PREFIX,
     PROJECTOR_KEYS,
     SPATIAL_KERNEL_KEY,
@@ -167,6 +169,28 @@ def projector_keys(
             template = PROJECTOR_KEYS[f"mm_projector.{{position}}.{kind}"]
             renamed[f"mm_projector.{2 * layer}.{kind}"] = template.format(layer=layer)
     return renamed
+
+
+def original_projector_keys(config: LlavaSPProjectorConfig) -> dict[str, str]:
+    """
+    The keys that the authors' code gives a projector's tensors: what [`read_projector`] finds, turned round.
+
+    Args:
+        config (`LlavaSPProjectorConfig`): The projector's configuration.
+
+    Returns:
+        `dict[str, str]`: The authors' key for each of ours, without prefixes.
+    """
+    sizes = list(config.spatial_scales or ())
+    numbered = config.grid_size == NUMBERED_GRID_SIZE and sizes == NUMBERED_SCALES
+    kernels = []
+    for position, size in enumerate(sizes, start=1):
+        number = position if numbered else size
+        pooled = config.spatial_variant == "pooling" and size != config.grid_size
+        kernels.append(SpatialKernel(f"conv_{number}{'.1' if pooled else ''}.weight", number, size, pooled))
+    num_layers = config.num_patch_layers if config.num_patch_layers > 1 else None
+    renamed = projector_keys(kernels, config.use_detail_integrator, config.spatial_projection_bias, num_layers)
+    return {ours: key for key, ours in renamed.items()}
 
 
 def refuse_ablations(file: Path, keys: set[str]) -> None:

@@ -18,6 +18,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -43,7 +44,26 @@ CONVERTED_FILES = re.compile(
 )
 
 
-def check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
+@dataclass(frozen=True)
+class Result:
+    """
+    A kind of folder that is written, and may be replaced by another of its kind.
+
+    Args:
+        name (`str`): What it is, for error messages.
+        entry (`tuple[str, str]`): A key of its config.json, and the value that tells it from other folders.
+        files (`re.Pattern[str]`): The names of all files that it can have.
+    """
+
+    name: str
+    entry: tuple[str, str]
+    files: re.Pattern[str]
+
+
+CONVERTED = Result("converted LLaVA-SP model", ("model_type", LlavaSPConfig.model_type), CONVERTED_FILES)
+
+
+def check_output(output: Path, inputs: list[Path], overwrite: bool, result: Result = CONVERTED) -> None:
     """
     Check that a folder can be written, before any work is done for it.
 
@@ -51,11 +71,12 @@ def check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
         output (`Path`): The folder.
         inputs (`list[Path]`): Folders that are read, which it must not lie in or hold.
         overwrite (`bool`): Whether it may exist, as the result of an earlier conversion.
+        result (`Result`, *optional*, defaults to `CONVERTED`): What is written.
 
     Raises:
         ConversionError: If it cannot.
     """
-    check_replaceable(output, overwrite)
+    check_replaceable(output, overwrite, result)
     for folder in inputs:
         if output.resolve().is_relative_to(folder.resolve()):
             raise ConversionError(f"The output {output} lies inside {folder}, which is an input: choose another.")
@@ -63,8 +84,8 @@ def check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
             raise ConversionError(f"The output {output} holds {folder}, which is an input: choose another.")
 
 
-def check_replaceable(output: Path, overwrite: bool) -> None:
-    """Raise a `ConversionError` if something is there, unless it may be replaced and a conversion has written it."""
+def check_replaceable(output: Path, overwrite: bool, result: Result) -> None:
+    """Raise a `ConversionError` if something is there, unless it may be replaced and is of the kind to be written."""
     if not os.path.lexists(output):
         return
     if not overwrite:
@@ -75,13 +96,10 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
     if output.is_symlink() or not output.is_dir():
         raise ConversionError(f"The output {output} is no folder, so it is not overwritten: choose another.")
     names = sorted(path.name for path in output.iterdir())
-    if names and (
-        "config.json" not in names or read_json(output / "config.json").get("model_type") != LlavaSPConfig.model_type
-    ):
-        raise ConversionError(
-            f"The output {output} is no converted LLaVA-SP model, so it is not overwritten: choose another."
-        )
-    others = [name for name in names if not (CONVERTED_FILES.fullmatch(name) and (output / name).is_file())]
+    key, value = result.entry
+    if names and ("config.json" not in names or read_json(output / "config.json").get(key) != value):
+        raise ConversionError(f"The output {output} is no {result.name}, so it is not overwritten: choose another.")
+    others = [name for name in names if not (result.files.fullmatch(name) and (output / name).is_file())]
     if others:
         raise ConversionError(
             f"The output {output} holds files that no conversion has written, so it is not overwritten: "
@@ -90,7 +108,7 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def staged(output: Path, overwrite: bool) -> Iterator[Path]:
+def staged(output: Path, overwrite: bool, result: Result = CONVERTED) -> Iterator[Path]:
     """
     A folder to write to, which is moved to `output` at the end, if nothing went wrong, and removed otherwise. What a
     killed conversion has left is removed first; a folder that it had put aside to replace it is put back.
@@ -98,6 +116,7 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
     Args:
         output (`Path`): Where the folder is to appear.
         overwrite (`bool`): Whether the result of an earlier conversion that is there is replaced.
+        result (`Result`, *optional*, defaults to `CONVERTED`): What is written.
 
     Yields:
         `Path`: An empty folder beside it, on the same file system.
@@ -126,14 +145,14 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
             put_back(replaced, output)
             try:
                 clear(staging)
-                check_replaceable(output, overwrite)
+                check_replaceable(output, overwrite, result)
                 folder = staging / output.name
                 # A model may be called as the lock
                 folder = folder if folder.name not in (LOCK_NAME, REPLACED_NAME, OBSOLETE_NAME) else staging / "folder"
                 folder.mkdir()
                 yield folder
                 # It may have come since
-                check_replaceable(output, overwrite)
+                check_replaceable(output, overwrite, result)
                 if os.path.lexists(output):
                     output.rename(replaced)
                 folder.rename(output)
