@@ -498,6 +498,30 @@ def test_gradient_checkpointing_equals_plain_training(model, inputs):
         )
 
 
+def test_frozen_tower_does_not_run_backwards(model, inputs):
+    """What adapters and gradient checkpointing ask for, gradients of the embeddings, is nothing to a frozen tower."""
+    model.model.vision_tower.requires_grad_(False)
+    model.train()
+    labels = question_and_answer_labels(inputs)
+    _, expected = loss_and_gradients(model, inputs, labels)
+    # Asks for them
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    features = []
+    model.model.vision_tower.register_forward_hook(lambda module, arguments, output: features.append(output))
+    embeddings = []
+    model.get_input_embeddings().register_forward_hook(lambda module, arguments, output: embeddings.append(output))
+    _, gradients = loss_and_gradients(model, inputs, labels)
+    assert not features[0].last_hidden_state.requires_grad
+    assert embeddings[0].requires_grad
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-6)
+    model.get_input_embeddings().requires_grad_(False)
+    model.disable_input_require_grads()
+    model(**inputs)
+    assert not embeddings[-1].requires_grad
+
+
 def test_gradients_reach_every_output(model, inputs):
     """Hidden states, attentions and image features are parts of the graph: their gradients can be retained."""
     model.set_attn_implementation("eager")

@@ -336,6 +336,12 @@ class LlavaSPPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def post_init(self) -> None:
+        """As every model's, without the classes that a vision tower names for its text half: FSDP looks for each."""
+        super().post_init()
+        classes = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = {name for name in self._no_split_modules or () if name in classes}
+
 
 class LlavaSPProjector(LlavaSPPreTrainedModel):
     """
@@ -829,6 +835,12 @@ def load_vision_tower(name_or_model: str | PathLike | PreTrainedModel, kwargs: d
     return load_part(AutoModel, name_or_model, "vision tower", kwargs)
 
 
+def authors_variant(spatial_variant: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a projector to be trained: of those variants that the authors trained, only one has this bias."""
+    bias = spatial_variant == "cropping" and fields.get("use_detail_integrator", True)
+    return {"spatial_variant": spatial_variant, "spatial_projection_bias": bias, **fields}
+
+
 @torch.no_grad()
 def grow_embeddings(text_model: PreTrainedModel, num_tokens: int) -> None:
     """
@@ -843,7 +855,7 @@ def grow_embeddings(text_model: PreTrainedModel, num_tokens: int) -> None:
     )
     for embeddings in (text_model.get_input_embeddings(), text_model.get_output_embeddings()):
         weight = embeddings.weight
-        weight[old_size:] = weight[:old_size].mean(dim=0, dtype=torch.float32).to(weight.dtype)
+        weight[old_size:] = weight[:old_size].mean(dim=0, dtype=torch.float64).to(weight.dtype)
 
 
 class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
@@ -953,7 +965,7 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         config = cls.config_class(
             vision_config=vision_tower.config,
             text_config=text_model.config,
-            projector_config={"spatial_variant": spatial_variant, **projector_fields},
+            projector_config=authors_variant(spatial_variant, projector_fields),
             attn_implementation=attention_of(vision_tower.config, text_config),
             **config_fields,
         )
@@ -1024,7 +1036,7 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         config = cls.config_class(
             vision_config=origin.vision_config,
             text_config=origin.text_config,
-            projector_config={"spatial_variant": spatial_variant, **projector_fields, **patch_fields},
+            projector_config={**authors_variant(spatial_variant, projector_fields), **patch_fields},
             attn_implementation=attention_of(origin.vision_config, origin.text_config),
             **{
                 "image_token_index": origin.image_token_id,
@@ -1113,6 +1125,14 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def enable_input_require_grads(self) -> None:
+        """As Transformers', but for the language model alone: a frozen vision tower would run backwards for nothing."""
+        self.model.language_model.enable_input_require_grads()
+
+    def disable_input_require_grads(self) -> None:
+        """Undo what `enable_input_require_grads` did."""
+        self.model.language_model.disable_input_require_grads()
 
     def get_image_features(
         self,

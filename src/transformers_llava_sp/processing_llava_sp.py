@@ -197,6 +197,8 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = "<ima
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token if tokenizer.unk_token is None else tokenizer.unk_token
     tokenizer.padding_side = "left"
+    # What is saved: the attribute alone is not, where the tokenizer was loaded without it
+    tokenizer.init_kwargs["padding_side"] = "left"
 
 
 def load_tokenizer(name_or_path: str | PathLike, **kwargs: Any) -> PreTrainedTokenizerBase:
