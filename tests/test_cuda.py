@@ -1,20 +1,29 @@
 """
-What only a CUDA device can show: the authors' numbers through every attention kernel, in fp32 and bf16.
+What only a CUDA device can show: the authors' numbers through every attention kernel, in fp32 and bf16, and their
+training steps.
 
 `pytest -m gpu tests/test_cuda.py -rA` prints every measured difference. The whole file takes a few minutes; a single
 case is selected with `-k`, so that a run cut short can be taken up again.
 """
 
+import copy
+import importlib
 from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import MINI_GOLDEN, randomize_
+from test_training import RecordingTrainer, authors_steps, history, options, our_name, workspace  # noqa: F401
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration
+from transformers_llava_sp.training import LlavaSPDataCollator
+from transformers_llava_sp.training.train import train
+from transformers_llava_sp.training.trainer import LlavaSPTrainingArguments
 
 
 pytestmark = [
@@ -28,10 +37,16 @@ FLASH_PACKAGES = {
     "flash_attention_4": is_flash_attn_4_available,
 }
 SAMPLES = ("single", "text_only", "two_images", "two_turn", "single_square")
+# A tower without a class token, and images in tiles
+OTHER_GOLDEN = ("siglip-cropping", "anyres-pooling")
 
 # fp32 as on the CPU; half precision relative to the fp32 norm, as bf16 keeps 8 bits
 FEATURES_FP32, LOGITS_FP32 = 5e-5, 2e-4
 FEATURES_BF16, LOGITS_BF16 = 2e-2, 1e-1
+# Of training, relative. In fp32, Adam makes a step of full length of the rounding of a gradient near zero, so that
+# gradient norms of later steps are further apart than the losses
+LOSS_FP32, NORM_FP32 = 1e-4, 1e-3
+LOSS_BF16, GRADIENT_BF16, FALL_BF16 = 1e-2, 2e-1, 3e-1
 
 
 @pytest.fixture(autouse=True)
@@ -50,22 +65,38 @@ def test_device_is_named(capsys):
 
 
 def run_sample(golden_data, model, processor, sample):
-    """Image features (images, tokens, dim), last prefill logits and greedy ids of one golden sample, on the CPU."""
+    """Features of each image (tokens, dim), last prefill logits and greedy ids of one golden sample, on the CPU."""
     prompt, images = golden_data.samples[sample]["prompt"], golden_data.images(sample)
     inputs = processor(text=prompt, images=images or None, return_tensors="pt").to("cuda", model.dtype)
-    features = None
+    features = []
     with torch.no_grad():
         if images:
-            features = model.get_image_features(inputs["pixel_values"]).pooler_output.float().cpu()
+            outputs = model.get_image_features(inputs["pixel_values"], inputs.get("image_sizes"))
+            features = [image.float().cpu() for image in outputs.pooler_output]
         expected_logits = golden_data.last_logits(sample)
         logits = model(**inputs, logits_to_keep=len(expected_logits)).logits[0, :, : golden_data.vocab_size]
         generated = model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
     return features, logits.float().cpu(), generated.tolist()
 
 
+def features_and_authors(golden_data, sample, features):
+    """The features of a sample's images and the authors', in one tensor each, as far as theirs are stored."""
+    pairs = []
+    for image, found in zip(golden_data.samples[sample]["images"], features, strict=True):
+        # Of an image in tiles, what the language model gets of it is stored, and the features of each tile
+        names = {"image_features": 1} if golden_data.num_tiles(image) == 1 else {}
+        names |= {"merged_features": 1, "merged_features_every8": 8}
+        stored = [(golden_data.tensors.get(f"{name}.{image}"), every) for name, every in names.items()]
+        pairs += [(found[::every], tensor) for tensor, every in stored if tensor is not None]
+    assert len(pairs) == len(features)
+    return tuple(torch.cat(side) for side in zip(*pairs, strict=True))
+
+
+FP32_CASES = [(name, attention) for name in MINI_GOLDEN for attention in ("eager", "sdpa", "flex_attention")]
+
+
 @pytest.mark.parametrize("sample", SAMPLES)
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
-@pytest.mark.parametrize("name", MINI_GOLDEN)
+@pytest.mark.parametrize(("name", "attention"), [*FP32_CASES, *((name, "sdpa") for name in OTHER_GOLDEN)])
 def test_fp32_gives_the_authors_numbers(golden, name, attention, sample):
     golden_data = golden(name)
     model, processor = golden_data.load(dtype=torch.float32, attn_implementation=attention, device_map="cuda")
@@ -73,9 +104,9 @@ def test_fp32_gives_the_authors_numbers(golden, name, attention, sample):
     features, logits, generated = run_sample(golden_data, model, processor, sample)
 
     expected = golden_data.samples[sample]
-    if features is not None:
-        stored = torch.stack([golden_data.tensors[f"image_features.{image}"] for image in expected["images"]])
-        difference = (features - stored).abs().max().item()
+    if features:
+        found, stored = features_and_authors(golden_data, sample, features)
+        difference = (found - stored).abs().max().item()
         print(f"{name} {sample} fp32 {attention}: features differ by {difference:.1e}")
         assert difference < FEATURES_FP32
     difference = (logits - golden_data.last_logits(sample)).abs().max().item()
@@ -91,9 +122,9 @@ def check_half_precision(golden_data, model, processor, sample, label):
     """
     features, logits, generated = run_sample(golden_data, model, processor, sample)
     expected, expected_logits = golden_data.samples[sample], golden_data.last_logits(sample)
-    if features is not None:
-        stored = torch.stack([golden_data.tensors[f"image_features.{image}"] for image in expected["images"]])
-        relative = ((features - stored).norm() / stored.norm()).item()
+    if features:
+        found, stored = features_and_authors(golden_data, sample, features)
+        relative = ((found - stored).norm() / stored.norm()).item()
         print(f"{golden_data.name} {sample} {label}: features differ by {relative:.2%}")
         assert relative < FEATURES_BF16
     relative = ((logits - expected_logits).norm() / expected_logits.norm()).item()
@@ -118,7 +149,7 @@ def check_half_precision(golden_data, model, processor, sample, label):
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
-@pytest.mark.parametrize("name", MINI_GOLDEN)
+@pytest.mark.parametrize("name", [*MINI_GOLDEN, *OTHER_GOLDEN])
 def test_bf16_through_the_flash_kernel_of_torch(golden, name, sample):
     golden_data = golden(name)
     model, processor = golden_data.load(dtype=torch.bfloat16, attn_implementation="sdpa", device_map="cuda")
@@ -128,7 +159,7 @@ def test_bf16_through_the_flash_kernel_of_torch(golden, name, sample):
 
 @pytest.mark.parametrize("sample", SAMPLES)
 @pytest.mark.parametrize("attention", list(FLASH_PACKAGES))
-@pytest.mark.parametrize("name", MINI_GOLDEN)
+@pytest.mark.parametrize("name", [*MINI_GOLDEN, *OTHER_GOLDEN])
 def test_bf16_through_flash_attention_packages(golden, name, attention, sample):
     if not FLASH_PACKAGES[attention]():
         pytest.skip(f"{attention} is not installed here")
@@ -189,3 +220,156 @@ def test_real_widths_in_bf16_stay_close_to_fp32(real_widths, attention):
     print(f"real widths bf16 {attention}: features {relative_features:.2%}, logits {relative_logits:.2%} from fp32")
     assert relative_features < FEATURES_BF16
     assert relative_logits < LOGITS_BF16
+
+
+# Training
+
+
+def train_on_one_batch(model, batch, autocast):
+    """The losses before and after a step on one batch, and the gradients of that step on the CPU."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.0)
+    losses, gradients = [], {}
+    for _ in range(2):
+        with autocast:
+            loss = model(**batch, use_cache=False).loss
+        losses.append(loss.item())
+        if not gradients:
+            loss.backward()
+            gradients = {name: parameter.grad.float().cpu() for name, parameter in trained.items()}
+            optimizer.step()
+    return losses, gradients
+
+
+def test_a_lora_step_in_bf16_is_close_to_fp32_on_the_cpu(authors_steps):  # noqa: F811
+    steps, model, processor, dataset = authors_steps
+    collator = LlavaSPDataCollator(processor)
+    batch = collator([dataset[index] for index in range(2)])
+    expected, expected_gradients = train_on_one_batch(copy.deepcopy(model).train(), batch, nullcontext())
+
+    half = copy.deepcopy(model).cuda().train()
+    for parameter in half.parameters():
+        # As `llava-sp train` has them
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else torch.bfloat16)
+    base = half.get_base_model()
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    batch = {name: tensor.cuda() for name, tensor in batch.items()}
+    losses, gradients = train_on_one_batch(half, batch, torch.autocast("cuda", dtype=torch.bfloat16))
+
+    assert gradients.keys() == expected_gradients.keys()
+    print(f"{steps['case']} bf16: losses {losses}, on the CPU in fp32 {expected}")
+    for part in ("lora_A", "lora_B", "multi_modal_projector"):
+        found, gradient = (
+            torch.cat([tensor.flatten() for name, tensor in each.items() if part in name])
+            for each in (gradients, expected_gradients)
+        )
+        relative = ((found - gradient).norm() / gradient.norm()).item()
+        print(f"{steps['case']} bf16: gradients of {part} differ by {relative:.2%}")
+        assert relative < GRADIENT_BF16, part
+    assert losses == pytest.approx(expected, rel=LOSS_BF16)
+    assert losses[0] - losses[1] == pytest.approx(expected[0] - expected[1], rel=FALL_BF16)
+
+
+def test_fp32_steps_are_the_authors(authors_steps, tmp_path):  # noqa: F811
+    steps, model, processor, dataset = authors_steps
+    trainer = RecordingTrainer(
+        model=copy.deepcopy(model),
+        args=LlavaSPTrainingArguments(
+            output_dir=tmp_path,
+            learning_rate=steps["lr"]["lora"],
+            projector_learning_rate=steps["lr"]["projector"],
+            lr_scheduler_type="constant",
+            max_steps=3,
+            per_device_train_batch_size=2,
+            train_sampling_strategy="sequential",
+            max_grad_norm=1.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+        ),
+        data_collator=LlavaSPDataCollator(processor, return_ids=True),
+        train_dataset=dataset,
+    )
+    assert trainer.model.device.type == "cuda"
+    trainer.train()
+    norms = [norm for [norm] in history(trainer, "grad_norm")]
+    for number, (loss, norm) in enumerate(zip(trainer.losses, norms, strict=True)):
+        expected = steps["steps"][number]
+        print(
+            f"{steps['case']} fp32 step {number}: loss {loss / expected['loss'] - 1:+.1e}, gradient norm "
+            f"{norm / expected['grad_norm'] - 1:+.1e} from the authors'"
+        )
+        assert loss == pytest.approx(expected["loss"], rel=LOSS_FP32)
+        assert norm == pytest.approx(expected["grad_norm"], rel=NORM_FP32)
+    by_tensor = {our_name(key): norm for key, norm in steps["steps"][0]["grad_norm_by_tensor"].items()}
+    found = {name.removeprefix("base_model.model."): norm for name, norm in trainer.gradients.items()}
+    assert by_tensor.keys() == found.keys()
+    for name, norm in by_tensor.items():
+        # The softmax ignores what these add to all keys alike: the authors' are rounding errors
+        if not name.endswith(("key_proj.bias", "key_norm.bias")):
+            assert found[name] == pytest.approx(norm, rel=NORM_FP32), name
+
+
+@torch.no_grad()
+def test_quantized_step_has_the_loss_of_the_dequantized_weights(workspace, tmp_path):  # noqa: F811
+    missing = [name for name in ("bitsandbytes", "datasets") if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} is not installed here")
+    from bitsandbytes.functional import dequantize_4bit
+
+    overrides = {"bf16": True, "max_steps": 2, "learning_rate": 1e-2, "gradient_checkpointing": True}
+    with torch.enable_grad():
+        trainer = train("qlora", options(workspace, tmp_path, **overrides))
+    losses = [loss for [loss] in history(trainer, "loss")]
+    reference = AutoModelForImageTextToText.from_pretrained(workspace / "model", dtype=torch.float32)
+    quantized = {
+        name.removesuffix(".base_layer"): module
+        for name, module in trainer.unwrapped_model.named_modules()
+        if name.endswith("_proj.base_layer")
+    }
+    assert len(quantized) == 2 * 7
+    for name, module in quantized.items():
+        assert (type(module).__name__, module.weight.device.type) == ("Linear4bit", "cuda")
+        weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        reference.get_submodule(name).weight.copy_(weight)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
+    batch.pop("ids")
+    labels = batch.pop("labels")
+    # Without a number of tokens, the mean over all of them: there is one batch in a step
+    expected = float(trainer.compute_vocabulary_loss(reference(**batch), labels))
+    print(f"losses in 4 bits {losses}, the first one with the weights dequantized, in fp32 on the CPU, {expected}")
+    assert losses[0] == pytest.approx(expected, rel=LOSS_BF16)
+    assert losses[1] != losses[0]
+
+
+# Benchmark
+
+
+@pytest.fixture(scope="module")
+def train_step():
+    """The benchmark of training steps, as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        yield importlib.import_module("train_step")
+
+
+def test_the_projector_is_in_memory_once(train_step):
+    figures = train_step.measure_projector_copies(torch.device("cuda"))
+    text, met = train_step.report_copies(figures)
+    print(text)
+    assert figures["arms"]["frozen"]["projector_bytes"] > 3e9
+    assert met
+    # Much less than gradients and states would be memory that was not counted
+    assert figures["excess"] > -0.25
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "sdpa-flash"])
+def test_benchmark_measures_steps(train_step, kind):
+    device = torch.device("cuda")
+    arms = {name: train_step.Arm(name, train_step.SIZES["small"](), device) for name in train_step.MODELS}
+    assert {parameter.device.type for arm in arms.values() for parameter in arm.model.parameters()} == {"cuda"}
+    for part in train_step.measure_steps(arms, kind, warmup=1, repeats=2, label=kind).values():
+        for step in part["steps"]:
+            assert step["projector_forward_ms"] + step["projector_backward_ms"] < step["forward_backward_ms"]
+            assert step["peak_bytes"] >= part["resident_bytes"]
