@@ -403,7 +403,7 @@ def test_release_gives_the_plain_logits(inputs, name):
     pinpoints = plain.pinpoints and [[height, width] for width, height in plain.pinpoints]
     assert model.config.image_grid_pinpoints == pinpoints
     assert getattr(processor.image_processor, "image_grid_pinpoints", None) == pinpoints
-    stored = load_file(inputs.output / "model.safetensors").get("model.image_newline")
+    stored = load_file(inputs.output / "model.safetensors").get("model.image_newline.weight")
     assert (stored is None) == (plain.newline is None)
     if stored is not None:
         assert torch.equal(stored, plain.newline)
@@ -486,7 +486,7 @@ def test_pretraining_with_tiles_draws_the_separator(inputs):
     sentence = "The separator of image tiles (`image_newline`) was drawn at random"
     assert sentence in str(report)
     assert sentence in " ".join((inputs.output / "README.md").read_text().split())
-    newline = load_file(inputs.output / "model.safetensors")["model.image_newline"]
+    newline = load_file(inputs.output / "model.safetensors")["model.image_newline.weight"]
     # As long as a vector of unit length, as the authors' code draws it
     assert newline.shape == (TEXT,)
     assert 0.5 < newline.norm() < 1.5
@@ -501,7 +501,7 @@ def test_pretraining_that_stores_the_separator_keeps_it(inputs):
     write_json(inputs.release / "config.json", image_aspect_ratio="anyres")
     report = inputs.convert()
     assert "drawn at random" not in str(report)
-    assert torch.equal(load_file(inputs.output / "model.safetensors")["model.image_newline"], newline)
+    assert torch.equal(load_file(inputs.output / "model.safetensors")["model.image_newline.weight"], newline)
 
 
 def test_separator_of_a_shard_of_its_own_is_in_the_card(inputs):

@@ -297,13 +297,26 @@ def test_llava_next_keeps_its_tiles_and_separator(llava_next_folder):
     source = LlavaNextForConditionalGeneration.from_pretrained(llava_next_folder).eval()
     model = LlavaSPForConditionalGeneration.from_llava(llava_next_folder)
     assert model.config.image_grid_pinpoints == PINPOINTS
-    assert torch.equal(model.model.image_newline, source.model.image_newline)
+    assert torch.equal(model.model.image_newline.weight, source.model.image_newline)
     pixel_values = torch.randn(1, 3, 3, 84, 84, generator=torch.Generator().manual_seed(0))
     image_sizes = torch.tensor([[120, 61]])
     [features] = model.get_image_features(pixel_values, image_sizes).pooler_output
     [expected] = source.get_image_features(pixel_values, image_sizes).pooler_output
     # The spatial tokens of three tiles first
     torch.testing.assert_close(features[18:], expected, rtol=0, atol=1e-5)
+
+
+def test_padding_is_on_the_left_after_loading(tmp_path):
+    """A tokenizer whose file says nothing of it pads on the right, and its attribute is not saved."""
+    shutil.copytree(PARTS[1], tmp_path / "base")
+    file = tmp_path / "base" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["padding_side"]
+    file.write_text(json.dumps(settings))
+    parts = PARTS[0], tmp_path / "base"
+    model = LlavaSPForConditionalGeneration.from_vision_text_pretrained(*parts)
+    LlavaSPProcessor.from_vision_text_pretrained(*parts, model.config).save_pretrained(tmp_path / "processor")
+    assert AutoProcessor.from_pretrained(tmp_path / "processor").tokenizer.padding_side == "left"
 
 
 def test_processor_of_a_llava(llava_folder):

@@ -362,9 +362,9 @@ def test_order_of_the_tokens():
         for tile in range(layout.num_tiles):
             names += [(image, "spatial", tile, scale) for scale in range(SPATIAL)]
             names += [(image, "patch", tile, row, column) for row in range(GRID) for column in range(GRID)]
-    model.image_newline.fill_(len(names))
+    model.image_newline.weight.fill_(len(names))
     values = torch.arange(len(names), dtype=torch.float32)
-    features = values.view(-1, SPATIAL + GRID**2, 1).expand(-1, -1, model.image_newline.numel())
+    features = values.view(-1, SPATIAL + GRID**2, 1).expand(-1, -1, model.image_newline.weight.numel())
 
     joined = model.join_tiles(features, layouts)
     assert len(joined) == len(sizes)
@@ -385,7 +385,7 @@ def test_features_are_those_of_each_tile_alone(model):
     ]
     spatial, patches = [tile[:3] for tile in alone], [tile[3:].view(6, 6, -1) for tile in alone]
     grid = torch.cat([torch.cat(patches[1:3], dim=1), torch.cat(patches[3:5], dim=1)])
-    newlines = model.model.image_newline.expand(12, 1, -1)
+    newlines = model.model.image_newline.weight.expand(12, 1, -1)
     expected = torch.cat([*spatial, patches[0].flatten(0, 1), torch.cat([grid, newlines], dim=1).flatten(0, 1)])
     (features,) = model.get_image_features(**inputs).pooler_output
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
@@ -470,7 +470,7 @@ def test_images_reach_the_answer(model):
             other["pixel_values"][image, tile] += 1
             difference = (logits_of(model, other)[:, -1] - logits).abs().max()
             assert (difference > 1e-4) if tile < num_tiles else (difference == 0)
-    newline = model.model.image_newline
+    newline = model.model.image_newline.weight
     before = newline.detach().clone()
     try:
         with torch.no_grad():
@@ -484,7 +484,7 @@ def test_images_reach_the_answer(model):
 def test_separator_starts_as_long_as_an_embedding_of_unit_length():
     torch.manual_seed(0)
     config = tiled_config(SMALL_PINPOINTS, SMALL_TILE, 7, hidden_size=1024, num_hidden_layers=1)
-    newline = LlavaSPModel(config).image_newline
+    newline = LlavaSPModel(config).image_newline.weight
     assert newline.shape == (1024,)
     assert 0.9 < newline.norm() < 1.1
     without = LlavaSPModel(tiled_config(None, SMALL_TILE, 7))

@@ -324,6 +324,36 @@ def test_adapter_holds_lora_and_projector(workspace, tmp_path):
     assert (logits["peft"] - untrained).abs().max() > 1e-2
 
 
+def test_separator_of_tiles_is_trained_and_saved_beside_lora(workspace, tmp_path):
+    create_model(
+        tmp_path / "model",
+        vision_tower=workspace / "tower",
+        base_model=MINI / "base",
+        image_tiles=True,
+        dtype="float32",
+    )
+    output = tmp_path / "adapter"
+    overrides = {"model_name_or_path": tmp_path / "model", "learning_rate": 1e-2, "projector_learning_rate": 0.0}
+    result = run("lora", *options(workspace, output, max_length=4096, **overrides))
+    assert result.exit_code == 0, result.output
+    original = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    saved = load_file(output / "adapter_model.safetensors")["base_model.model.model.image_newline.weight"]
+    # At LoRA's rate, as the authors train it
+    assert (saved - original.model.image_newline.weight).abs().max() > 1e-2
+    merge_adapter(output, tmp_path / "merged")
+    for model in (
+        AutoModelForImageTextToText.from_pretrained(output),
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "merged"),
+        PeftModel.from_pretrained(original, output).base_model.model,
+    ):
+        [weight] = [
+            weight
+            for name, weight in model.named_parameters()
+            if "image_newline" in name and "original_module" not in name
+        ]
+        assert torch.equal(weight, saved)
+
+
 def test_stage_one_gives_the_projector_that_stage_two_takes(workspace, tmp_path):
     captions = [record for record in json.loads((workspace / "data.json").read_text()) if "image" in record]
     (tmp_path / "captions.json").write_text(json.dumps(captions))

@@ -340,7 +340,8 @@ class LlavaSPPreTrainedModel(PreTrainedModel):
         """As every model's, without the classes that a vision tower names for its text half: FSDP looks for each."""
         super().post_init()
         classes = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = {name for name in self._no_split_modules or () if name in classes}
+        named: Any = self._no_split_modules
+        named &= classes
 
 
 class LlavaSPProjector(LlavaSPPreTrainedModel):
@@ -436,6 +437,22 @@ class LlavaSPProjector(LlavaSPPreTrainedModel):
         )
 
 
+class ImageNewline(nn.Module):
+    """
+    What separates the rows of an image that is cut into tiles: a vector in the language model's space. A module, so
+    that PEFT can train and save it beside an adapter.
+    """
+
+    def __init__(self, config: LlavaSPConfig):
+        super().__init__()
+        text_config: Any = config.text_config
+        self.weight = nn.Parameter(torch.empty(text_config.hidden_size))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append the vector to `tokens` of shape `(num_tokens, text_hidden_size)`."""
+        return torch.cat([tokens, self.weight.to(tokens.device, tokens.dtype)[None]])
+
+
 class LlavaSPModel(LlavaSPPreTrainedModel):
     """
     The LLaVA-SP model without a language modeling head: vision tower, projector and language model.
@@ -452,16 +469,15 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
         self.multi_modal_projector = LlavaSPProjector._from_config(config.projector_config)
         self.language_model = AutoModel.from_config(config.text_config)
         if config.image_grid_pinpoints is not None:
-            # Separates the rows of an image that is cut into tiles
-            self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
+            self.image_newline = ImageNewline(config)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if module is self and self.config.image_grid_pinpoints is not None:
-            # As the authors: a vector as long as an embedding of unit length
-            init.normal_(self.image_newline, mean=0.0, std=self.image_newline.numel() ** -0.5)
+        if isinstance(module, ImageNewline):
+            # As the authors: of unit length, about
+            init.normal_(module.weight, mean=0.0, std=module.weight.numel() ** -0.5)
 
     @can_return_tuple
     @select_hidden_states(lambda model: [model.config.vision_feature_layer])
@@ -612,8 +628,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
             # The separator stands behind all tokens
             indices.append(torch.where(positions < 0, num_tokens, positions + start))
             start += layout.num_tiles * tokens_per_tile
-        newline = self.image_newline.to(tile_features.device, tile_features.dtype)
-        tokens = torch.cat([tile_features.flatten(0, 1), newline[None]])
+        tokens = self.image_newline(tile_features.flatten(0, 1))
         joined = tokens.index_select(0, torch.cat(indices).to(tokens.device))
         return list(joined.split([layout.num_tokens for layout in layouts]))
 
@@ -1063,7 +1078,7 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
             if config.projector_config.patch_layer_norm:
                 patch_mlp.norm.load_state_dict(theirs.layer_norm.state_dict())
             if config.image_grid_pinpoints is not None and hasattr(parts, "image_newline"):
-                model.model.image_newline.copy_(parts.image_newline)
+                model.model.image_newline.weight.copy_(parts.image_newline)
         return model
 
     @classmethod
@@ -1093,9 +1108,8 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         maybe_install_capturing_hooks(vision_tower)
         model.model.multi_modal_projector = LlavaSPProjector._from_config(config.projector_config)
         if config.image_grid_pinpoints is not None:
-            newline = torch.empty(lm_head.weight.shape[1], device=device, dtype=dtype)
-            model.model.image_newline = nn.Parameter(newline)
-            model.model._init_weights(model.model)
+            model.model.image_newline = ImageNewline(config).to(device, dtype)
+            model.model._init_weights(model.model.image_newline)
         vision_tower.to(dtype)
         model.model.multi_modal_projector.to(device, dtype)
         model.tie_weights()
@@ -1127,7 +1141,7 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def enable_input_require_grads(self) -> None:
-        """As Transformers', but for the language model alone: a frozen vision tower would run backwards for nothing."""
+        """As Transformers', for the language model alone: a frozen vision tower would run backwards for nothing."""
         self.model.language_model.enable_input_require_grads()
 
     def disable_input_require_grads(self) -> None:

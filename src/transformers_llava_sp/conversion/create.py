@@ -292,7 +292,7 @@ def count_new_parameters(model: LlavaSPForConditionalGeneration, sources: Sequen
     new = projector.num_parameters() - sum(parameter.numel() for module in known for parameter in module.parameters())
     newline = getattr(model.model, "image_newline", None)
     has_newline = any(read_json(source.folder / "config.json").get("image_grid_pinpoints") for source in sources)
-    return new if newline is None or has_newline else new + newline.numel()
+    return new if newline is None or has_newline else new + newline.weight.numel()
 
 
 def make_card(

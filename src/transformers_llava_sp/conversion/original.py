@@ -62,7 +62,7 @@ VISION_TOWER_KEYS: dict[str, str | None] = {
 LANGUAGE_MODEL_KEY = re.compile(r"lm_head\..+|model\.(embed_tokens|layers|norm)\..+")
 # Only checkpoints with image tiles have it; their pre-training never stores it
 IMAGE_NEWLINE_KEY = "image_newline"
-OUR_IMAGE_NEWLINE_KEY = "model.image_newline"
+OUR_IMAGE_NEWLINE_KEY = "model.image_newline.weight"
 # Behind their prefix. `{number}` is a mere name: the 224 pixel variant calls kernels of size 2, 4, ... conv_1, conv_2,
 # ...; `{scale}` is the kernel's place among the sizes. `{position}` is 0, 2, ...: it counts the activations too.
 PROJECTOR_KEYS = {

@@ -30,6 +30,7 @@ from ..modeling_llava_sp import LlavaSPForConditionalGeneration
 # The linear layers of the language model's blocks. Anchored, since the vision tower has layers of the same names.
 LORA_TARGETS = r".*\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 PROJECTOR = "multi_modal_projector"
+IMAGE_NEWLINE = "image_newline"
 
 METHODS = ("projector", "lora", "full")
 
@@ -75,7 +76,7 @@ def prepare_lora(
 ) -> Any:
     """
     Put LoRA on the language model's linear layers and train the projector in full beside it, as the authors' second
-    stage does. What PEFT saves of the result holds both.
+    stage does, with the separator of image tiles where the model has one. What PEFT saves of the result holds all.
 
     PEFT copies what is trained in full, to be able to switch the adapter off. The projector is close to a billion
     parameters, so its copy is dropped: `disable_adapter` cannot be used on the result.
@@ -110,19 +111,21 @@ def prepare_lora(
             f"{type(model.model.language_model).__name__} has no layers that {LORA_TARGETS!r} matches, but {names}: "
             "make the adapter with PEFT itself."
         )
+    trained_in_full = [PROJECTOR, *([IMAGE_NEWLINE] if hasattr(model.model, IMAGE_NEWLINE) else [])]
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         target_modules=LORA_TARGETS,
-        modules_to_save=[PROJECTOR],
+        modules_to_save=trained_in_full,
         **kwargs,
     )
     peft_model = get_peft_model(model, config)
     drop_copies(peft_model)
     # LoRA's own weights are in float32 already
-    peft_model.get_submodule(f"base_model.model.model.{PROJECTOR}").float()
+    for name in trained_in_full:
+        peft_model.get_submodule(f"base_model.model.model.{name}").float()
     return peft_model
 
 
