@@ -31,10 +31,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProjector
 from ..processing_llava_sp import LlavaSPProcessor, vicuna_v1_chat_template
+from .checkpoints import clear_staging, find_problem, newest_checkpoint
 from .collator import LlavaSPDataCollator
 from .data import ConversationDataset, StreamedConversationDataset, drop_long_records, load_conversations
 from .parts import METHODS, prepare_full, prepare_lora, prepare_projector
@@ -225,10 +225,12 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> LlavaSPTrainer:
     Raises:
         ImportError: If the extra `train` is not installed.
         ValueError: If an argument, the model or a record is wrong.
-        FloatingPointError: If the loss becomes NaN or infinite.
+        FloatingPointError: If the loss or the gradient becomes NaN or infinite.
+        OSError: If a checkpoint or the result cannot be written.
     """
     require_extra()
     model_arguments, data_arguments, training_arguments = read_recipe(recipe, overrides)
+    checkpoint = find_checkpoint(training_arguments)
     set_seed(training_arguments.seed)
     if data_arguments.streaming:
         # One process would read for all and stack their batches, whose images differ in number
@@ -250,7 +252,7 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> LlavaSPTrainer:
         eval_dataset=eval_dataset,
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(training_arguments))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     return trainer
@@ -294,13 +296,27 @@ def load_data(
 
 
 def find_checkpoint(arguments: LlavaSPTrainingArguments) -> str | None:
-    """The checkpoint to resume from: the one named, or for `True` the newest in `output_dir`."""
+    """
+    The checkpoint to resume from: the one named, or for `True` the newest whole one in `output_dir`.
+
+    Raises:
+        ValueError: If the one named is not whole, or there is none.
+    """
     asked = arguments.resume_from_checkpoint
     if asked is None or str(asked).lower() == "false":
         return None
-    if str(asked).lower() != "true":
-        return str(asked)
-    newest = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
-    if newest is None:
-        raise ValueError(f"There is no checkpoint to resume from in {arguments.output_dir}.")
-    return newest
+    with arguments.main_process_first(local=arguments.save_on_each_node, desc="looking for the checkpoint"):
+        if arguments.should_save:
+            clear_staging(arguments.output_dir)
+    if str(asked).lower() == "true":
+        newest = newest_checkpoint(arguments.output_dir, arguments.save_only_model)
+        if newest is None:
+            raise ValueError(f"There is no whole checkpoint to resume from in {arguments.output_dir}.")
+        return str(newest)
+    problem = find_problem(Path(asked), arguments.save_only_model)
+    if problem is not None:
+        raise ValueError(
+            f"{asked} cannot be resumed from: {problem}. Choose another checkpoint, or let "
+            "--resume_from_checkpoint true take the newest whole one."
+        )
+    return str(asked)

@@ -13,8 +13,12 @@
 # limitations under the License.
 """Transformers' Trainer, with what training LLaVA-SP needs beside it"""
 
+import math
 import os
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +27,12 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..modeling_llava_sp import LlavaSPForConditionalGeneration
+from .checkpoints import staged
 from .data import ConversationDataset
 from .parts import PROJECTOR
 
@@ -87,8 +94,8 @@ class ThroughputCallback(TrainerCallback):
 class LlavaSPTrainer(Trainer):
     """
     [`~transformers.Trainer`] for LLaVA-SP: a learning rate for the projector; batches of one modality and about one
-    length; a loss on the tokenizer's own vocabulary, as the authors'; a stop at a loss that is no number; checkpoints
-    that hold only what was trained.
+    length; a loss on the tokenizer's own vocabulary, as the authors'; a stop at a loss or gradient that is no number;
+    checkpoints that hold only what was trained, and are there whole or not at all.
 
     Args:
         args, kwargs: Those of [`~transformers.Trainer`]: the model from [`prepare_projector`], [`prepare_lora`] or
@@ -96,7 +103,9 @@ class LlavaSPTrainer(Trainer):
             from [`load_conversations`].
 
     Raises:
-        FloatingPointError: While training, if the loss is NaN or infinite; it names the step and the records.
+        FloatingPointError: While training, if the loss or the gradient is NaN or infinite, in every process; it names
+            the step and the records.
+        OSError: While training, if a checkpoint cannot be written; it names the newest that can be resumed from.
     """
 
     args: LlavaSPTrainingArguments
@@ -107,7 +116,10 @@ class LlavaSPTrainer(Trainer):
         self.throughput = ThroughputCallback()
         self.add_callback(self.throughput)
         self.num_labels = count_labels(self.unwrapped_model)
-        self._record_ids: list[str] = []
+        # Of the optimizer step that is being made: the loss and the records of each batch of this process
+        self._step_losses: list[tuple[torch.Tensor, list[str]]] = []
+        # Where a checkpoint or model is being written to, until it is whole
+        self._staging: Path | None = None
 
     @property
     def unwrapped_model(self) -> LlavaSPForConditionalGeneration:
@@ -178,18 +190,53 @@ class LlavaSPTrainer(Trainer):
         return super()._get_eval_sampler(eval_dataset)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As Trainer's. Raises a `FloatingPointError` if the loss is NaN or infinite."""
-        ids = inputs.get("ids", [])
+        """As Trainer's, keeping which records have which loss."""
         self.throughput.count(inputs)
+        ids = inputs.get("ids", [])
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss of step {self.state.global_step + 1} is {loss.item()}, on the records "
-                f"{', '.join(map(repr, ids)) or '(the collator returns no ids)'}. The checkpoints in "
-                f"{self.args.output_dir} are from before. Train in float32 or bfloat16, lower the learning rate, or "
-                "look at the records."
-            )
+        self._step_losses.append((loss.detach(), ids))
         return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        # What Trainer does last before the optimizer's step, with what it may log
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.check_finite(grad_norm)
+        return grad_norm
+
+    def check_finite(self, grad_norm: torch.Tensor | float | None) -> None:
+        """
+        Check the losses and the gradient of an optimizer step before it is made. All processes check together, so that
+        none waits for one that has stopped.
+
+        Args:
+            grad_norm (`torch.Tensor` or `float`, *optional*): The gradient's norm.
+
+        Raises:
+            FloatingPointError: If one is NaN or infinite in any process. A gradient in float16 may be: loss scaling
+                leaves out such a step.
+        """
+        losses, self._step_losses = self._step_losses, []
+        bad = [(loss.item(), ids) for loss, ids in losses if not torch.isfinite(loss)]
+        norm = 0.0 if grad_norm is None or self.args.fp16 else float(grad_norm)
+        found = torch.tensor(float(bool(bad) or not math.isfinite(norm)), device=self.args.device)
+        if not self.accelerator.reduce(found, reduction="sum"):
+            return
+        from accelerate.utils import gather_object
+
+        bad = gather_object(bad)
+        step = self.state.global_step + 1
+        if bad:
+            what = f"The loss of step {step} is {bad[0][0]}"
+            ids = [record for _, ids in bad for record in ids]
+        else:
+            # The gradient is of all records together
+            what = f"The gradient norm of step {step} is {norm}, with finite losses"
+            ids = gather_object([record for _, ids in losses for record in ids])
+        raise FloatingPointError(
+            f"{what}, on the records {', '.join(map(repr, ids)) or '(the collator returns no ids)'}. The checkpoints "
+            f"in {self.args.output_dir} are from before. Train in float32 or bfloat16, lower the learning rate, or "
+            "look at the records."
+        )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "ids"})
@@ -199,6 +246,59 @@ class LlavaSPTrainer(Trainer):
         if "loss" in logs:
             logs.update(self.throughput.figures(self.args.world_size))
         super().log(logs, start_time)
+
+    @contextmanager
+    def _staged(self, output_dir: str, name: str) -> Iterator[Path]:
+        """[`staged`], with `_get_output_dir` changed to it."""
+        with staged(output_dir, name, self.args.should_save, self.accelerator.wait_for_everyone) as folder:
+            self._staging = folder
+            try:
+                yield folder
+            finally:
+                self._staging = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        output_dir = self._get_output_dir(trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        checkpoint = os.path.join(output_dir, name)
+        with self._staged(output_dir, name) as folder:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(folder / name):
+                self.state.best_model_checkpoint = checkpoint
+                if self.args.should_save:
+                    self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
+        # What Trainer does last, and must not do to a checkpoint that is about to be moved
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(checkpoint)
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=output_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's. Files of an earlier model are replaced when all of this one is written."""
+        if self._staging is not None:
+            super().save_model(output_dir, _internal_call)
+            return
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        with self._staged(output_dir, "the model") as folder:
+            card = Path(output_dir, "README.md")
+            if self.args.should_save and card.is_file():
+                # PEFT adds to a card that is there
+                shutil.copy(card, folder)
+            super().save_model(str(folder), _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -228,6 +328,13 @@ class LlavaSPTrainer(Trainer):
         for file in files:
             state.update(load_file(file))
         target.model.multi_modal_projector.load_state_dict(state)
+
+    def _load_best_model(self) -> None:
+        if self.trains_projector_alone and isinstance(self.model, LlavaSPForConditionalGeneration):
+            # Trainer would find none of the projector's names in the model, and only warn
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
 
 def count_labels(model: LlavaSPForConditionalGeneration) -> int:
