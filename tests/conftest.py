@@ -9,9 +9,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+)
 
-from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration
+from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration, LlavaSPProcessor
 from transformers_llava_sp.conversion import convert_checkpoint
 
 
@@ -28,6 +35,18 @@ VARIANTS = {
     "pooling": {"spatial_variant": "pooling", "use_detail_integrator": False, "spatial_projection_bias": False},
 }
 IMAGE_TOKEN_ID = 100
+
+# An image of the miniature, a question and an answer: what the tests of training train on
+RECORDS = [
+    ("landscape.png", "What is it?", "A lake."),
+    ("portrait.png", "Which flower is it?", "I do not know."),
+    (None, "Name three primary colors.", "Red, yellow and blue."),
+    ("square.png", "Who is it?", "A woman in an orange suit."),
+    ("landscape.png", "Is it raining?", "No"),
+    (None, "Say hello.", "Hello!"),
+    ("square.png", "What colour is the suit?", "Orange"),
+    ("portrait.png", "How many petals?", "Five or six of them."),
+]
 
 
 def tiny_config(variant: str, **text_overrides) -> LlavaSPConfig:
@@ -170,3 +189,37 @@ def golden(tmp_path_factory):
         return cache[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory) -> Path:
+    """
+    A folder with a tiny model to train, `model`, its vision tower, `tower`, and the `RECORDS` as LLaVA's JSON,
+    `data.json`, whose images are in the miniature's `golden`.
+    """
+    folder = tmp_path_factory.mktemp("training")
+    tower, base = folder / "tower", FIXTURES / "mini-cropping" / "base"
+    torch.manual_seed(0)
+    vision_config = tiny_config("cropping").vision_config
+    CLIPVisionModel(vision_config).save_pretrained(tower)
+    size = {"height": vision_config.image_size, "width": vision_config.image_size}
+    CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(tower)
+    # The projector has 0.3 million parameters; at the default width, it would have 6
+    model = LlavaSPForConditionalGeneration.from_vision_text_pretrained(
+        tower, base, spatial_hidden_size=16, dtype=torch.float32
+    )
+    model.save_pretrained(folder / "model")
+    LlavaSPProcessor.from_vision_text_pretrained(tower, base, model.config).save_pretrained(folder / "model")
+    records = [
+        {
+            "id": f"record {index}",
+            **({"image": image} if image else {}),
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{question}" if image else question},
+                {"from": "gpt", "value": answer},
+            ],
+        }
+        for index, (image, question, answer) in enumerate(RECORDS)
+    ]
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder

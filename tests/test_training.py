@@ -8,24 +8,26 @@ import importlib.util
 import json
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, RECORDS
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_creation import clip_config
+from test_creation import internvl_folder  # noqa: F401
+from test_readme import save_siglip
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPImageProcessorPil,
-    CLIPVisionModel,
 )
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import transformers_llava_sp
@@ -35,45 +37,18 @@ from transformers_llava_sp.conversion import convert_checkpoint, create_model, m
 from transformers_llava_sp.conversion.original import PROJECTOR_KEYS
 from transformers_llava_sp.training import LlavaSPDataCollator, load_conversations
 from transformers_llava_sp.training.parts import prepare_full, prepare_lora, prepare_projector
-from transformers_llava_sp.training.train import RECIPES, read_recipe, train
+from transformers_llava_sp.training.train import (
+    RECIPES,
+    DataArguments,
+    ModelArguments,
+    RecipeParser,
+    read_recipe,
+    train,
+)
 from transformers_llava_sp.training.trainer import LlavaSPTrainer, LlavaSPTrainingArguments, count_labels
 
 
 MINI = FIXTURES / "mini-cropping"
-RECORDS = [
-    ("landscape.png", "What is it?", "A lake."),
-    ("portrait.png", "Which flower is it?", "I do not know."),
-    (None, "Name three primary colors.", "Red, yellow and blue."),
-    ("square.png", "Who is it?", "A woman in an orange suit."),
-    ("landscape.png", "Is it raining?", "No"),
-    (None, "Say hello.", "Hello!"),
-    ("square.png", "What colour is the suit?", "Orange"),
-    ("portrait.png", "How many petals?", "Five or six of them."),
-]
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory) -> Path:
-    """A folder with a tiny model, `model`, and conversations, `data.json`."""
-    folder = tmp_path_factory.mktemp("training")
-    CLIPVisionModel(clip_config()).save_pretrained(folder / "tower")
-    size = {"height": 84, "width": 84}
-    CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(folder / "tower")
-    create_model(folder / "model", vision_tower=folder / "tower", base_model=MINI / "base", dtype="float32")
-    records = [
-        {
-            "id": f"record {index}",
-            **({"image": image} if image else {}),
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{question}" if image else question},
-                {"from": "gpt", "value": answer},
-            ],
-        }
-        for index, (image, question, answer) in enumerate(RECORDS)
-    ]
-    (folder / "data.json").write_text(json.dumps(records))
-    return folder
-
 
 # In float32, without dropout, warm-up or reordering: what is compared must not depend on chance
 PLAIN = {
@@ -263,6 +238,22 @@ def test_what_is_trained(workspace, method):
     assert frozen == {torch.bfloat16}
 
 
+def test_vision_tower_is_trained_as_far_as_it_is_used(workspace):
+    """Several processes wait for a gradient of whatever is trained."""
+    model = prepare_full(
+        AutoModelForImageTextToText.from_pretrained(workspace / "model", dtype=torch.bfloat16), train_vision_tower=True
+    )
+    tower = model.config.vision_config.num_hidden_layers
+    unused = ("model.vision_tower.post_layernorm.", f"model.vision_tower.encoder.layers.{tower - 1}.")
+    assert model.config.vision_feature_layer == -2
+    expected = {name for name, _ in model.named_parameters() if not name.startswith(unused)}
+    assert trained(model) == expected
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    logits = logits_with_graph(model, AutoProcessor.from_pretrained(workspace / "model"))
+    logits.sum().backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == expected
+
+
 def test_the_projector_is_not_copied(workspace):
     model = AutoModelForImageTextToText.from_pretrained(workspace / "model")
     num_parameters = model.num_parameters()
@@ -284,13 +275,17 @@ def run(*arguments):
     return CliRunner().invoke(app, ["train", *arguments])
 
 
-@torch.no_grad()
 def logits_of(model, processor) -> torch.Tensor:
+    with torch.no_grad():
+        return logits_with_graph(model.eval(), processor)
+
+
+def logits_with_graph(model, processor) -> torch.Tensor:
     content = [{"type": "image", "path": str(MINI / "golden" / "square.png")}, {"type": "text", "text": "Who?"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
     )
-    return model.eval()(**inputs).logits
+    return model(**inputs).logits
 
 
 def test_adapter_holds_lora_and_projector(workspace, tmp_path):
@@ -375,19 +370,6 @@ def test_stage_one_gives_the_projector_that_stage_two_takes(workspace, tmp_path)
     found = trainer.unwrapped_model.model.multi_modal_projector.modules_to_save["default"]
     for name, tensor in projector.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor), name
-
-
-@pytest.mark.parametrize(("batch", "accumulate"), [(1, 4), (2, 2)])
-def test_accumulated_batches_equal_large_ones(workspace, tmp_path, batch, accumulate):
-    def run_with(batch, accumulate):
-        overrides = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate}
-        trainer = train("lora", options(workspace, tmp_path / "out", max_steps=4, learning_rate=1e-3, **overrides))
-        return history(trainer, "loss", "grad_norm")
-
-    expected, found = run_with(4, 1), run_with(batch, accumulate)
-    assert len(expected) == 4
-    for one, other in zip(expected, found, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "pretrain"])
@@ -475,6 +457,77 @@ def test_wrong_arguments_are_named(arguments, message):
     assert message in " ".join(result.output.split())
 
 
+REQUIRED = ["--model_name_or_path", "x", "--train_data", "y", "--output_dir", "out", "--bf16", "False"]
+
+
+def test_every_key_may_have_dashes():
+    defaults = [argument.replace("_", "-") if argument.startswith("--") else argument for argument in REQUIRED]
+    classes = (ModelArguments, DataArguments, LlavaSPTrainingArguments)
+    names = {field.name for group in classes for field in fields(group) if field.init and "_" in field.name}
+    parser = RecipeParser(classes, allow_abbrev=False)
+    assert {f"--{name.replace('_', '-')}" for name in names} <= set(parser._option_string_actions)
+    dashed = [*defaults, "--skip-bad-records", "--lora-r", "4", "--projector-learning-rate=0.5", "--max-length", "7"]
+    model, data, training = read_recipe("lora", [*dashed, "--gradient-checkpointing", "false"])
+    assert (data.skip_bad_records, data.max_length) == (True, 7)
+    assert (model.lora_r, training.projector_learning_rate) == (4, 0.5)
+    assert gradient_checkpointing(training) is False
+    assert gradient_checkpointing(read_recipe("lora", defaults)[2]) is True
+
+
+def gradient_checkpointing(training: LlavaSPTrainingArguments) -> bool:
+    """Under the name that the installed Transformers has for it."""
+    name = "activation_checkpointing"
+    return getattr(training, name if hasattr(training, name) else "gradient_checkpointing")
+
+
+@pytest.mark.parametrize("key", ["skip_bad_records", "skip-bad-records"])
+@pytest.mark.parametrize("value", ["true", "yes", "1"])
+def test_keys_of_a_recipe_may_have_dashes(tmp_path, key, value):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"{key}: {value}\ngradient-checkpointing: true\ngradient-checkpointing-kwargs: {{}}\n")
+    _, data, training = read_recipe(recipe, REQUIRED)
+    assert data.skip_bad_records
+    assert gradient_checkpointing(training)
+    # What is on the command line goes before it, spelled either way
+    for other in ("--skip_bad_records=false", "--skip-bad-records=false"):
+        assert not read_recipe(recipe, [*REQUIRED, other])[1].skip_bad_records
+
+
+def test_bad_records_are_skipped_by_a_flag_alone(workspace, tmp_path):
+    records = json.loads((workspace / "data.json").read_text())
+    records[3]["image"] = "missing.png"
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    arguments = ["lora", *options(workspace, tmp_path / "out", train_data=tmp_path / "data.json", max_steps=1)]
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "record 3 (id 'record 3'): the image" in result.output
+    result = run(*arguments, "--skip-bad-records")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--max-length", "long"], "argument --max_length/--max-length: invalid int value: 'long'"),
+        (["--skip-bad-records", "maybe"], "--skip-bad-records: Truthy value expected: got maybe"),
+        (["--learning-rate", "x"], "argument --learning_rate/--learning-rate: invalid float value: 'x'"),
+        (["--optim", "magic"], "argument --optim: invalid choice: 'magic'"),
+        (["--train-data"], "argument --train_data/--train-data: expected one argument"),
+        (["--stage", "third"], "Unknown stage 'third'"),
+        (["--gradient-checkpointing-kwargs", "{a"], "Expecting property name"),
+        (["--skip-bad-recrods"], "--skip_bad_recrods"),
+        (["--max_length", "99999"], "`max_length` is 99999, but the model takes at most 4096 tokens"),
+    ],
+    ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
+)
+def test_wrong_values_are_one_line(workspace, tmp_path, overrides, message):
+    result = run("lora", *options(workspace, tmp_path), *overrides)
+    assert result.exit_code == 1
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("llava-sp: error: ")]
+    assert message in line
+    assert result.stderr.endswith(f"{line}\n")
+
+
 def test_missing_extra_is_named(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(
@@ -514,6 +567,66 @@ def test_recipes_are_the_authors(name):
     assert (model.method, training.learning_rate, training.projector_learning_rate) == ("lora", 2e-4, 2e-5)
     assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (128, 256, 0.05)
     assert model.load_in_4bit == (name == "qlora")
+
+
+TRAINING_PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def backbone_commands() -> dict[str, list[list[str]]]:
+    """For each of the paper's backbones, the three commands that the page has for it."""
+    section = TRAINING_PAGE.split("### For the paper's backbones")[1]
+    groups = section.split("```")[1].removeprefix("text\n").strip().split("\n\n")
+    commands = [[shlex.split(line)[1:] for line in group.splitlines()] for group in groups]
+    return {create[1]: [create, *rest] for create, *rest in commands}
+
+
+BACKBONES = ("clip", "siglip", "internvl", "tiles")
+
+
+def test_page_has_all_backbones():
+    assert tuple(backbone_commands()) == BACKBONES
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_commands_for_a_backbone_fit_together(name):
+    create, pretrain, finetune = backbone_commands()[name]
+    context = get_command(app).commands["create"].make_context("create", create[1:])
+    assert str(context.params["output"]) == name
+    assert context.params["image_tiles"] == (name == "tiles")
+    (first, captions, stage_1), (second, _, stage_2) = (
+        read_recipe(command[1], [*command[2:], "--bf16", "False"]) for command in (pretrain, finetune)
+    )
+    assert (first.method, captions.stage, second.method) == ("projector", "pretrain", "lora")
+    assert first.model_name_or_path == second.model_name_or_path == name
+    assert second.projector == stage_1.output_dir != stage_2.output_dir
+    assert captions.max_length == (4096 if name == "tiles" else 2048)
+
+
+@pytest.mark.parametrize("name", ["siglip", "internvl"])
+def test_another_backbone_is_trained_in_two_stages(internvl_folder, workspace, tmp_path, monkeypatch, name):  # noqa: F811
+    """Of tiny parts of its kind, with the page's own options."""
+    create, pretrain, finetune = backbone_commands()[name]
+    parts = {"--from-llava": internvl_folder, "--vision-tower": tmp_path / "tower", "--base-model": MINI / "base"}
+    save_siglip(tmp_path / "tower")
+    arguments = [*create, "--dtype", "float32"]
+    arguments[1] = str(tmp_path / name)
+    for option in parts.keys() & set(create):
+        arguments[create.index(option) + 1] = str(parts[option])
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    captions = [record for record in json.loads((workspace / "data.json").read_text()) if "image" in record]
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    shutil.copy(workspace / "data.json", tmp_path / "conversations.json")
+    (tmp_path / "images").symlink_to(MINI / "golden")
+    monkeypatch.chdir(tmp_path)
+    plain = [part for key, value in {**PLAIN, "max_steps": 1}.items() for part in (f"--{key}", str(value))]
+    for command in (pretrain, finetune):
+        result = run(*command[1:], *plain)
+        assert result.exit_code == 0, result.output
+    trained_model = AutoModelForImageTextToText.from_pretrained(tmp_path / f"{name}-adapter")
+    projector = AutoModel.from_pretrained(tmp_path / f"{name}-projector")
+    found = trained_model.model.multi_modal_projector.modules_to_save["default"].state_dict()
+    assert found.keys() == projector.state_dict().keys()
 
 
 @pytest.mark.slow

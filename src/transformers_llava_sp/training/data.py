@@ -22,7 +22,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import count, islice
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -603,6 +603,8 @@ class StreamedConversationDataset(IterableDataset):
         check_images (`bool`, *optional*, defaults to `False`): Whether to decode images, so that broken ones are found
             here.
         collator ([`LlavaSPDataCollator`], *optional*): Leaves out the records that are too long for it.
+        repeat (`bool`, *optional*, defaults to `False`): Whether to begin anew at the end, without end. Trainer, which
+            does not know how long a stream is, resumes a run from its first pass only.
     """
 
     def __init__(
@@ -612,12 +614,14 @@ class StreamedConversationDataset(IterableDataset):
         skip_bad_records: bool = False,
         check_images: bool = False,
         collator: "LlavaSPDataCollator | None" = None,
+        repeat: bool = False,
     ):
         self.records = records
         self.image_folder = image_folder
         self.skip_bad_records = skip_bad_records
         self.check_images = check_images
         self.collator = collator
+        self.repeat = repeat
 
     @property
     def name(self) -> str:
@@ -625,6 +629,17 @@ class StreamedConversationDataset(IterableDataset):
         return self.records.name
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number in count(1):
+            is_empty = True
+            for example in self._read(with_warnings=number == 1):
+                is_empty = False
+                yield example
+            if is_empty or not self.repeat:
+                return
+            self.set_epoch(number)
+
+    def _read(self, with_warnings: bool) -> Iterator[dict[str, Any]]:
+        """One pass over the records, after which a warning says what was left out."""
         skipped: Counter[str] = Counter()
         num_records = num_dropped = 0
         for index, record in self.records.stream():
@@ -642,6 +657,8 @@ class StreamedConversationDataset(IterableDataset):
                 skipped[error.reason] += 1
                 continue
             yield example
+        if not with_warnings:
+            return
         warn_skipped(self.name, skipped, num_records)
         if self.collator is not None:
             warn_dropped(self.name, num_dropped, num_records, self.collator.max_length)
@@ -776,7 +793,12 @@ def drop_long_records(
     """
     if isinstance(dataset, StreamedConversationDataset):
         return StreamedConversationDataset(
-            dataset.records, dataset.image_folder, dataset.skip_bad_records, dataset.check_images, collator
+            dataset.records,
+            dataset.image_folder,
+            dataset.skip_bad_records,
+            dataset.check_images,
+            collator,
+            dataset.repeat,
         )
     lengths: list[int] = []
     outlines = dataset.outlines(with_images=collator.has_tiles)

@@ -22,6 +22,7 @@ it.
 import re
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..modeling_llava_sp import LlavaSPForConditionalGeneration
@@ -50,19 +51,35 @@ def prepare_projector(model: LlavaSPForConditionalGeneration) -> LlavaSPForCondi
     return model
 
 
-def prepare_full(model: LlavaSPForConditionalGeneration) -> LlavaSPForConditionalGeneration:
+def prepare_full(
+    model: LlavaSPForConditionalGeneration, *, train_vision_tower: bool = False
+) -> LlavaSPForConditionalGeneration:
     """
-    Make all of a model but the vision tower trained.
+    Make all of a model trained, or all but the vision tower.
 
     Args:
         model ([`LlavaSPForConditionalGeneration`]): The model, which is changed.
+        train_vision_tower (`bool`, *optional*, defaults to `False`): Whether the vision tower is trained, too, as far
+            as its features are made of it: not what comes behind the layer that they are taken from.
 
     Returns:
         [`LlavaSPForConditionalGeneration`]: The same model.
     """
-    dtype = model.model.vision_tower.dtype
+    tower = model.model.vision_tower
+    dtype = tower.dtype
     model.requires_grad_(True).float()
-    model.model.vision_tower.requires_grad_(False).to(dtype)
+    if not train_vision_tower:
+        tower.requires_grad_(False).to(dtype)
+        return model
+    size = model.config.tile_size
+    parameters = list(tower.parameters())
+    image = torch.zeros(1, 3, size, size, device=tower.device)
+    features = tower(image, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
+    # Several processes wait for a gradient of whatever is trained
+    for parameter, gradient in zip(
+        parameters, torch.autograd.grad(features.sum(), parameters, allow_unused=True), strict=True
+    ):
+        parameter.requires_grad_(gradient is not None)
     return model
 
 

@@ -31,12 +31,20 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..modeling_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProjector
 from ..processing_llava_sp import LlavaSPProcessor, vicuna_v1_chat_template
+from .card import DataSummary, find_origins, summarize_data
 from .checkpoints import clear_staging, find_problem, newest_checkpoint
 from .collator import LlavaSPDataCollator
-from .data import ConversationDataset, StreamedConversationDataset, drop_long_records, load_conversations
+from .data import (
+    ConversationDataset,
+    StreamedConversationDataset,
+    TrainingDataError,
+    drop_long_records,
+    load_conversations,
+)
 from .parts import METHODS, prepare_full, prepare_lora, prepare_projector
 from .trainer import LlavaSPTrainer, LlavaSPTrainingArguments
 
@@ -58,6 +66,9 @@ class ModelArguments:
     projector: str | None = field(
         default=None, metadata={"help": "The projector to start from, a folder: what method 'projector' has saved."}
     )
+    train_vision_tower: bool = field(
+        default=False, metadata={"help": "With method full, train the vision tower, too."}
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention, such as sdpa or flash_attention_2."}
     )
@@ -69,6 +80,8 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"Unknown method {self.method!r}: expected {', '.join(map(repr, METHODS))}.")
+        if self.train_vision_tower and self.method != "full":
+            raise ValueError(f"train_vision_tower needs method 'full', not {self.method!r}.")
         if self.load_in_4bit and self.method != "lora":
             raise ValueError(
                 f"load_in_4bit needs method 'lora', not {self.method!r}: 4-bit weights cannot be trained."
@@ -155,12 +168,17 @@ def read_recipe(
 
 
 def current_name(argument: str) -> str:
-    """An argument under the name that the installed Transformers has for it: newer ones have renamed two."""
-    names = {field.name for field in fields(TrainingArguments)}
-    former = re.match(r"--gradient_checkpointing(?=_kwargs|=|$)", argument)
-    if former is None or "activation_checkpointing" not in names:
+    """
+    An argument under the name that the installed Transformers has for it: newer ones have renamed two. Words of a name
+    may be joined by dashes.
+    """
+    if not argument.startswith("--"):
         return argument
-    return f"--activation_checkpointing{argument[former.end() :]}"
+    name, *value = argument.split("=", maxsplit=1)
+    name = f"--{name[2:].replace('-', '_')}"
+    if "activation_checkpointing" in {field.name for field in fields(TrainingArguments)}:
+        name = re.sub(r"^--gradient_checkpointing(?=_kwargs$|$)", "--activation_checkpointing", name)
+    return "=".join([name, *value])
 
 
 def load_model(arguments: ModelArguments, training: LlavaSPTrainingArguments) -> Any:
@@ -175,11 +193,15 @@ def load_model(arguments: ModelArguments, training: LlavaSPTrainingArguments) ->
         [`LlavaSPForConditionalGeneration`] or [`~peft.PeftModel`]: The model.
 
     Raises:
-        ValueError: If it is no LLaVA-SP model.
+        ValueError: If it is no LLaVA-SP model, or to be both quantized and divided over GPUs.
     """
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     quantization = None
     if arguments.load_in_4bit:
+        if is_deepspeed_zero3_enabled() or training.fsdp:
+            raise ValueError(
+                "load_in_4bit needs the whole model on each GPU: leave out sharding, or take `--sharding zero2`."
+            )
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -197,16 +219,33 @@ def load_model(arguments: ModelArguments, training: LlavaSPTrainingArguments) ->
             f"{arguments.model_name_or_path} is a {type(model).__name__}, expected a LLaVA-SP model: convert or "
             "create one first."
         )
+    if is_deepspeed_zero3_enabled():
+        # Loading pieces of weights, Transformers notes renamings that it has not made, and would undo them in saving
+        model._weight_conversions = []
     if arguments.projector is not None:
-        projector = LlavaSPProjector.from_pretrained(arguments.projector, dtype=dtype)
-        model.model.multi_modal_projector.load_state_dict(projector.state_dict())
+        load_projector(model, arguments.projector)
     if arguments.method == "projector":
         return prepare_projector(model)
     if arguments.method == "full":
-        return prepare_full(model)
+        return prepare_full(model, train_vision_tower=arguments.train_vision_tower)
     return prepare_lora(
         model, r=arguments.lora_r, lora_alpha=arguments.lora_alpha, lora_dropout=arguments.lora_dropout
     )
+
+
+def load_projector(model: LlavaSPForConditionalGeneration, folder: str) -> None:
+    """Give a model the projector that a folder or Hub id has."""
+    ours = model.model.multi_modal_projector
+    if not is_deepspeed_zero3_enabled():
+        ours.load_state_dict(LlavaSPProjector.from_pretrained(folder, dtype=ours.dtype).state_dict())
+        return
+    import deepspeed
+
+    # Its weights are in pieces, too
+    theirs = LlavaSPProjector.from_pretrained(folder, dtype=ours.dtype)
+    for parameter, source in zip(ours.parameters(), theirs.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([parameter, source], modifier_rank=0):
+            parameter.data.copy_(source.data)
 
 
 def train(recipe: str | Path, overrides: Sequence[str] = ()) -> LlavaSPTrainer:
@@ -233,17 +272,27 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> LlavaSPTrainer:
     checkpoint = find_checkpoint(training_arguments)
     set_seed(training_arguments.seed)
     if data_arguments.streaming:
+        if training_arguments.max_steps <= 0:
+            raise ValueError("`streaming` needs `max_steps`: nobody knows how long a stream is.")
         # One process would read for all and stack their batches, whose images differ in number
         training_arguments.accelerator_config.dispatch_batches = False
     processor = AutoProcessor.from_pretrained(model_arguments.model_name_or_path)
-    collator = make_collator(processor, data_arguments, training_arguments)
+    collator = make_collator(processor, data_arguments, training_arguments, model_arguments.method)
     # Before the model: a wrong record should not have to wait for it
     with training_arguments.main_process_first(desc="reading the data"):
-        train_dataset = load_data(data_arguments, collator, data_arguments.train_data, data_arguments.image_folder)
+        train_dataset, train_summary = load_data(
+            data_arguments,
+            collator,
+            data_arguments.train_data,
+            data_arguments.image_folder,
+            streaming=data_arguments.streaming,
+        )
         eval_dataset = None
+        summaries = {"training": train_summary}
         if data_arguments.eval_data is not None:
             folder = data_arguments.eval_image_folder or data_arguments.image_folder
-            eval_dataset = load_data(data_arguments, collator, data_arguments.eval_data, folder)
+            eval_dataset, eval_summary = load_data(data_arguments, collator, data_arguments.eval_data, folder)
+            summaries["evaluation"] = eval_summary
     trainer = LlavaSPTrainer(
         model=load_model(model_arguments, training_arguments),
         args=training_arguments,
@@ -252,6 +301,8 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> LlavaSPTrainer:
         eval_dataset=eval_dataset,
         processing_class=processor,
     )
+    if training_arguments.should_save:
+        trainer.origins = find_origins(trainer.unwrapped_model, summaries, model_arguments.projector)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
@@ -266,7 +317,7 @@ def require_extra() -> None:
 
 
 def make_collator(
-    processor: LlavaSPProcessor, data: DataArguments, training: LlavaSPTrainingArguments
+    processor: LlavaSPProcessor, data: DataArguments, training: LlavaSPTrainingArguments, method: str
 ) -> LlavaSPDataCollator:
     """The collator that the arguments ask for; `processor` gets the chat template, which is saved with it."""
     if data.chat_template == "vicuna_v1":
@@ -275,24 +326,38 @@ def make_collator(
         processor,
         max_length=data.max_length,
         stage=data.stage,
-        # Processes that train together wait for each other in every module
-        dummy_image=training.world_size > 1,
+        # Processes that train together wait for each other in every module; and where the projector alone is trained,
+        # a batch of texts would have no gradient at all
+        dummy_image=training.world_size > 1 or method == "projector",
         return_ids=True,
     )
 
 
 def load_data(
-    arguments: DataArguments, collator: LlavaSPDataCollator, source: str, image_folder: str | None
-) -> ConversationDataset | StreamedConversationDataset:
-    """The records of a source, checked, without those that are too long."""
+    arguments: DataArguments,
+    collator: LlavaSPDataCollator,
+    source: str,
+    image_folder: str | None,
+    streaming: bool = False,
+) -> tuple[ConversationDataset | StreamedConversationDataset, DataSummary]:
+    """
+    The records of a source without those that are too long, checked, or as a stream that begins anew at its end; and
+    what the card says of them.
+    """
     dataset = load_conversations(
         source,
         image_folder,
-        streaming=arguments.streaming,
+        streaming=streaming,
         skip_bad_records=arguments.skip_bad_records,
         check_images=arguments.check_images,
     )
-    return drop_long_records(dataset, collator)
+    num_valid = None if isinstance(dataset, StreamedConversationDataset) else len(dataset)
+    dataset = drop_long_records(dataset, collator)
+    if isinstance(dataset, StreamedConversationDataset):
+        if next(iter(dataset), None) is None:
+            raise TrainingDataError(f"{dataset.name} has no record to train on.")
+        dataset.repeat = True
+    return dataset, summarize_data(dataset, num_valid)
 
 
 def find_checkpoint(arguments: LlavaSPTrainingArguments) -> str | None:

@@ -15,26 +15,33 @@
 
 import math
 import os
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
 from ..modeling_llava_sp import LlavaSPForConditionalGeneration
+from .card import CARD_NAME, Origins, find_origins, make_training_card, make_way, save_card, summarize_data
 from .checkpoints import staged
 from .data import ConversationDataset
 from .parts import PROJECTOR
+from .push import push_checkpoint, push_output, warn_about_base, warn_about_failures
+
+
+SHARDING = Path(__file__).with_name("sharding")
+SHARDINGS = ("zero2", "zero3", "fsdp2")
 
 
 @dataclass
@@ -44,10 +51,17 @@ class LlavaSPTrainingArguments(TrainingArguments):
 
     Args:
         projector_learning_rate (`float`, *optional*): The learning rate of the projector. Defaults to `learning_rate`.
+        sharding (`str`, *optional*): How what is trained is divided over GPUs: `"fsdp2"` for weights, gradients and
+            optimizer by PyTorch, `"zero3"` for the same by DeepSpeed, `"zero2"` for gradients and optimizer by
+            DeepSpeed. Stands for `fsdp` and `fsdp_config`, or `deepspeed`, with a file of this package. Without it,
+            each GPU holds all.
     """
 
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "The learning rate of the projector. That of all else if not given."}
+    )
+    sharding: str | None = field(
+        default=None, metadata={"help": f"How to divide over GPUs what is trained: {', '.join(SHARDINGS)}."}
     )
     # The collator makes the model's inputs; the examples have none of them
     remove_unused_columns: bool = field(
@@ -55,9 +69,24 @@ class LlavaSPTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.sharding is not None:
+            self.apply_sharding(self.sharding)
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator needs what it would remove.")
+
+    def apply_sharding(self, sharding: str) -> None:
+        """Set the arguments of [`~transformers.TrainingArguments`] that `sharding` stands for."""
+        if sharding not in SHARDINGS:
+            raise ValueError(f"Unknown sharding {sharding!r}: expected one of {', '.join(SHARDINGS)}.")
+        arguments: Any = self
+        if arguments.deepspeed or arguments.fsdp:
+            raise ValueError(f"`sharding` {sharding!r} stands for `deepspeed` or `fsdp`: pass one of the three.")
+        file = str(SHARDING / f"{sharding}.json")
+        if sharding == "fsdp2":
+            arguments.fsdp, arguments.fsdp_config = True, file
+        else:
+            arguments.deepspeed = file
 
 
 class ThroughputCallback(TrainerCallback):
@@ -91,6 +120,30 @@ class ThroughputCallback(TrainerCallback):
         self.start = time.perf_counter()
 
 
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """
+    [`~transformers.trainer_pt_utils.LengthGroupedSampler`] whose order depends on nothing but a seed and the epoch.
+    Drawn from the global random state, it would be another one in each process as soon as dropout has drawn from that,
+    so that some records came twice and others never; and another one in an epoch that is resumed.
+
+    Args:
+        batch_size (`int`): Of how many examples, times 50, each is grouped.
+        lengths (`list[int]`): The examples' lengths in tokens, negative for those without images.
+        seed (`int`): The seed.
+        epoch (`Callable[[], int]`): Gives the number of the epoch that begins.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        # Accelerate's `set_epoch` does not reach a sampler in all processes of a run that is resumed
+        self.generator.manual_seed(self.seed + self.epoch())
+        return super().__iter__()
+
+
 class LlavaSPTrainer(Trainer):
     """
     [`~transformers.Trainer`] for LLaVA-SP: a learning rate for the projector; batches of one modality and about one
@@ -115,6 +168,9 @@ class LlavaSPTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.throughput = ThroughputCallback()
         self.add_callback(self.throughput)
+        if self.args.push_to_hub and self.is_world_process_zero():
+            # While it can still be changed
+            warn_about_base(self)
         self.num_labels = count_labels(self.unwrapped_model)
         # Of the optimizer step that is being made: the loss and the records of each batch of this process
         self._step_losses: list[tuple[torch.Tensor, list[str]]] = []
@@ -126,6 +182,24 @@ class LlavaSPTrainer(Trainer):
         """[`LlavaSPForConditionalGeneration`]: The model without the adapter's wrapper."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def lora_config(self) -> Any:
+        """[`~peft.LoraConfig`], *optional*: That of the adapter."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.peft_config[model.active_adapter] if hasattr(model, "get_base_model") else None
+
+    @property
+    def method(self) -> str:
+        """`str`: What is trained: `"lora"`, `"projector"` alone, or `"full"`."""
+        return "lora" if self.lora_config is not None else "projector" if self.trains_projector_alone else "full"
+
+    @cached_property
+    def origins(self) -> Origins:
+        """[`Origins`]: What the card says that the training starts from. Can be set before training."""
+        data = {"training": self.train_dataset, "evaluation": self.eval_dataset}
+        summaries = {use: summarize_data(dataset) for use, dataset in data.items() if dataset is not None}
+        return find_origins(self.unwrapped_model, summaries)
 
     @property
     def trains_projector_alone(self) -> bool:
@@ -177,8 +251,11 @@ class LlavaSPTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, ConversationDataset):
             # Trainer knows the lengths of no data set but those of `datasets`
-            return LengthGroupedSampler(
-                self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=dataset.modality_lengths
+            return EpochLengthGroupedSampler(
+                self.args.train_batch_size * self.args.gradient_accumulation_steps,
+                lengths=dataset.modality_lengths,
+                seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+                epoch=lambda: int(self.state.epoch or 0),
             )
         return super()._get_train_sampler(train_dataset)
 
@@ -282,23 +359,123 @@ class LlavaSPTrainer(Trainer):
             )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
+        # Not as Trainer does it, which would push paths of this machine and another card
+        if self._staging is None and self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            push_checkpoint(self, checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        if self.hub_model_id is not None and self.is_world_process_zero():
+            warn_about_failures(self)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the card to the output folder, as saving the model does. Where README.md there is somebody's own, it is
+        left as it is, and the card is in TRAINING.md.
+
+        Args:
+            language, license (`str`, *optional*): For the metadata.
+            tags (`str` or `list[str]`, *optional*): More tags for the metadata.
+            finetuned_from (`str`, *optional*): The base model for the metadata, by its Hub id.
+            dataset_tags (`str` or `list[str]`, *optional*): More data sets for the metadata, by their Hub ids.
+            model_name, tasks, dataset, dataset_args (*optional*): Have no place in this card.
+        """
+        if not self.is_world_process_zero():
+            return
+        several = {"tags": tags, "datasets": dataset_tags}
+        metadata: dict[str, Any] = {"language": language, "license": license, "base_model": finetuned_from}
+        metadata |= {key: [value] if isinstance(value, str) else value for key, value in several.items()}
+        card = make_training_card(self, **{key: value for key, value in metadata.items() if value is not None})
+        save_card(card, self.args.output_dir)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Save the model with its card to the output folder, and push what is there, but for checkpoints and what is of
+        this machine alone. All processes have to call it.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`): First line of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to wait until it is done.
+            token (`str`, *optional*): The token for the Hub. Defaults to `hub_token`.
+            revision (`str`, *optional*): The branch. Defaults to `hub_revision`.
+            private (`bool`, *optional*): Whether the repository is private, if it is created. Defaults to
+                `hub_private_repo`.
+            kwargs (`dict[str, Any]`, *optional*): Arguments of [`~LlavaSPTrainer.create_model_card`].
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], a `Future` of it if `blocking` is false, and `None` in other processes
+            than the first.
+
+        Raises:
+            OSError: If it fails. The message says how to push again what is complete in the output folder.
+        """
+        self.save_model(_internal_call=True)
+        return self._push_output(commit_message, blocking, token, revision, private, **kwargs)
+
+    def _push_output(
+        self,
+        commit_message: str | None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Push what is in the output folder, from the first process."""
+        if not self.is_world_process_zero():
+            return None
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        revision = self.args.hub_revision if revision is None else revision
+        if self.hub_model_id is None:
+            if private is not None:
+                # Older versions of Transformers have no other way
+                self.args.hub_private_repo = private
+            self.init_hf_repo(token=token)
+            warn_about_base(self)
+        # Now that it is known where to
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return push_output(self, commit_message, blocking, token, revision)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's. Files of an earlier model are replaced when all of this one is written."""
-        if self._staging is not None:
-            super().save_model(output_dir, _internal_call)
-            return
         output_dir = self.args.output_dir if output_dir is None else output_dir
+        if self._staging is not None:
+            super().save_model(output_dir, _internal_call=True)
+            if self.args.should_save:
+                # PEFT has written another
+                Path(output_dir, CARD_NAME).unlink(missing_ok=True)
+                save_card(make_training_card(self), output_dir)
+            return
         with self._staged(output_dir, "the model") as folder:
-            card = Path(output_dir, "README.md")
-            if self.args.should_save and card.is_file():
-                # PEFT adds to a card that is there
-                shutil.copy(card, folder)
-            super().save_model(str(folder), _internal_call=True)
+            self.save_model(str(folder), _internal_call=True)
+            if self.args.should_save:
+                make_way(folder, output_dir)
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            if Path(output_dir).resolve() != Path(self.args.output_dir).resolve():
+                # What is pushed is what is there
+                self.save_model(_internal_call=True)
+            self._push_output("Model save")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -324,10 +501,12 @@ class LlavaSPTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         files = sorted(Path(resume_from_checkpoint).glob("model*.safetensors"))
-        state: dict[str, torch.Tensor] = {}
+        state: dict[str, Any] = {}
         for file in files:
             state.update(load_file(file))
-        target.model.multi_modal_projector.load_state_dict(state)
+        # Under FSDP, each process takes its part
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(target.model.multi_modal_projector, state, options=options)
 
     def _load_best_model(self) -> None:
         if self.trains_projector_alone and isinstance(self.model, LlavaSPForConditionalGeneration):
