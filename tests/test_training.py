@@ -548,6 +548,48 @@ def test_unknown_keys_of_a_recipe_are_named(tmp_path):
         read_recipe(recipe)
 
 
+@pytest.fixture(scope="module")
+def wrong_sources(workspace, tmp_path_factory):
+    """An adapter, a projector, and what lacks a weight of its own or is for another model."""
+    folder = tmp_path_factory.mktemp("wrong")
+    model = AutoModelForImageTextToText.from_pretrained(workspace / "model")
+    model.model.multi_modal_projector.save_pretrained(folder / "projector")
+    shutil.copytree(workspace / "model", folder / "incomplete-model")
+    for name in ("pooling-projector", "incomplete-projector"):
+        shutil.copytree(folder / "projector", folder / name)
+    for name in ("incomplete-model", "incomplete-projector"):
+        file = folder / name / "model.safetensors"
+        tensors = load_file(file)
+        del tensors[next(key for key in tensors if key.endswith("query_proj.weight"))]
+        save_file(tensors, file, metadata={"format": "pt"})
+    file = folder / "pooling-projector" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "spatial_variant": "pooling"}))
+    prepare_lora(model, r=4).save_pretrained(folder / "adapter")
+    return {path.name: path for path in folder.iterdir()} | {
+        "language-model": MINI / "base",
+        "model": workspace / "model",
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "source", "message"),
+    [
+        ("model_name_or_path", "adapter", "is an adapter, not a LLaVA-SP model: merge it into its model"),
+        ("model_name_or_path", "language-model", "is not a LLaVA-SP model: its config.json has model_type 'llama'"),
+        ("model_name_or_path", "incomplete-model", "detail_feature_integrator.query_proj.weight'. Make or download"),
+        ("projector", "model", "is not a projector by itself"),
+        ("projector", "adapter", "is not a projector by itself"),
+        ("projector", "pooling-projector", "they differ in 'spatial_variant'"),
+        ("projector", "incomplete-projector", "lacks 'detail_feature_integrator.query_proj.weight'"),
+    ],
+    ids=lambda value: value if " " not in value else "",
+)
+def test_nothing_is_trained_from_random_weights(workspace, wrong_sources, tmp_path, key, source, message):
+    result = run("lora", *options(workspace, tmp_path, max_steps=1, **{key: wrong_sources[source]}))
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_recipes_are_the_authors(name):
     model, data, training = read_recipe(

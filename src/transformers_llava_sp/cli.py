@@ -338,6 +338,8 @@ def ask(
     with one_line_errors():
         from transformers import AutoProcessor, TextStreamer
 
+        from .conversion.checkpoint import require_llava_sp
+
         require_llava_sp(model_name)
         processor = AutoProcessor.from_pretrained(model_name)
         content = [{"type": "image", "image": source} for source in image or []] + [{"type": "text", "text": question}]
@@ -354,29 +356,6 @@ def ask(
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)
-
-
-def require_llava_sp(name: str) -> None:
-    """
-    Raise a `ValueError` if a folder or Hub id is not a LLaVA-SP model in Transformers' format, an `OSError` if it
-    cannot be found.
-    """
-    from huggingface_hub.errors import HFValidationError
-    from transformers import PreTrainedConfig
-
-    from .configuration_llava_sp import LlavaSPConfig
-
-    try:
-        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-    except OSError as error:
-        if isinstance(error.__cause__, HFValidationError):
-            raise OSError(f"There is no folder {name!r}, and a Hub id has the form 'owner/name'.") from error
-        raise
-    if model_type != LlavaSPConfig.model_type:
-        raise ValueError(
-            f"{name!r} is not a LLaVA-SP model: its config.json has model_type {model_type!r}, not "
-            f"{LlavaSPConfig.model_type!r}. Convert the authors' checkpoints with `llava-sp convert` first."
-        )
 
 
 def load_model(name: str, dtype: str, device: str | None, attention: str | None) -> Any:

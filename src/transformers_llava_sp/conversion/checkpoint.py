@@ -27,6 +27,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+from transformers.utils import find_adapter_config_file
+
+from ..configuration_llava_sp import LlavaSPConfig
 
 
 # Everything but the weights, which a repository may hold in two formats. The authors' projector has one only.
@@ -77,6 +81,34 @@ class SourceFolder:
         """
         small = [path for pattern in SMALL_FILES for path in self.folder.glob(pattern) if path.is_file()]
         return sorted({*small, *(path for path in (weights or {}).values() if path.parent == self.folder)})
+
+
+def require_llava_sp(name: str) -> None:
+    """
+    Raise a `ValueError` if a folder or Hub id is not a LLaVA-SP model in Transformers' format, an `OSError` if it
+    cannot be found.
+    """
+    model_type = find_model_type(name)
+    if model_type == LlavaSPConfig.model_type:
+        return
+    if model_type is None and find_adapter_config_file(name) is not None:
+        raise ValueError(
+            f"{name!r} is an adapter, not a LLaVA-SP model: merge it into its model with `llava-sp merge` first."
+        )
+    raise ValueError(
+        f"{name!r} is not a LLaVA-SP model: its config.json has model_type {model_type!r}, not "
+        f"{LlavaSPConfig.model_type!r}. Convert the authors' checkpoints with `llava-sp convert` first."
+    )
+
+
+def find_model_type(name: str) -> str | None:
+    """The `model_type` in the config.json of a folder or Hub id. Raises an `OSError` if that cannot be found."""
+    try:
+        return PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    except OSError as error:
+        if isinstance(error.__cause__, HFValidationError):
+            raise OSError(f"There is no folder {name!r}, and a Hub id has the form 'owner/name'.") from error
+        raise
 
 
 def resolve_source(source: str | Path, role: str, *, weights: bool = True, advice: str = "") -> SourceFolder:

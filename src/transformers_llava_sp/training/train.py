@@ -33,6 +33,9 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from ..configuration_llava_sp import LlavaSPProjectorConfig
+from ..conversion.checkpoint import find_model_type, join_keys, require_llava_sp
+from ..conversion.export import architecture_differences
 from ..modeling_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProjector
 from ..processing_llava_sp import LlavaSPProcessor, vicuna_v1_chat_template
 from .card import DataSummary, find_origins, summarize_data
@@ -193,7 +196,7 @@ def load_model(arguments: ModelArguments, training: LlavaSPTrainingArguments) ->
         [`LlavaSPForConditionalGeneration`] or [`~peft.PeftModel`]: The model.
 
     Raises:
-        ValueError: If it is no LLaVA-SP model, or to be both quantized and divided over GPUs.
+        ValueError: If it is to be both quantized and divided over GPUs, or has another projector.
     """
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     quantization = None
@@ -208,17 +211,14 @@ def load_model(arguments: ModelArguments, training: LlavaSPTrainingArguments) ->
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=UNQUANTIZED_MODULES,
         )
-    model = AutoModelForImageTextToText.from_pretrained(
+    model, loading = AutoModelForImageTextToText.from_pretrained(
         arguments.model_name_or_path,
         dtype=dtype,
         attn_implementation=arguments.attn_implementation,
         quantization_config=quantization,
+        output_loading_info=True,
     )
-    if not isinstance(model, LlavaSPForConditionalGeneration):
-        raise ValueError(
-            f"{arguments.model_name_or_path} is a {type(model).__name__}, expected a LLaVA-SP model: convert or "
-            "create one first."
-        )
+    require_all_weights(arguments.model_name_or_path, loading)
     if is_deepspeed_zero3_enabled():
         # Loading pieces of weights, Transformers notes renamings that it has not made, and would undo them in saving
         model._weight_conversions = []
@@ -233,16 +233,41 @@ def load_model(arguments: ModelArguments, training: LlavaSPTrainingArguments) ->
     )
 
 
+def require_projector(name: str) -> None:
+    """Raise a `ValueError` if a folder or Hub id is not a projector: of another model, none of it would be loaded."""
+    model_type = find_model_type(name)
+    if model_type != LlavaSPProjectorConfig.model_type:
+        raise ValueError(
+            f"projector {name!r} is not a projector by itself, as method 'projector' saves it: its config.json has "
+            f"model_type {model_type!r}, not {LlavaSPProjectorConfig.model_type!r}. To train on from a whole model or "
+            "a merged adapter, pass that as model_name_or_path, without projector."
+        )
+
+
+def require_all_weights(name: str, loading: dict[str, Any]) -> None:
+    """Raise a `ValueError` if Transformers has found no value for some weights, and has drawn them at random."""
+    if loading["missing_keys"]:
+        raise ValueError(f"{name!r} lacks {join_keys(sorted(loading['missing_keys']))}. Make or download it again.")
+
+
 def load_projector(model: LlavaSPForConditionalGeneration, folder: str) -> None:
-    """Give a model the projector that a folder or Hub id has."""
+    """Give a model the projector that a folder or Hub id has. Raises a `ValueError` if that is not one for it."""
     ours = model.model.multi_modal_projector
+    # Cropping and Pooling have weights of the same shapes
+    different = architecture_differences(LlavaSPProjectorConfig.from_pretrained(folder), ours.config)
+    if different:
+        raise ValueError(
+            f"The projector {folder!r} is not one for the model {model.name_or_path!r}, they differ in "
+            f"{join_keys(different)}. Pass the projector that was trained in this model."
+        )
+    theirs, loading = LlavaSPProjector.from_pretrained(folder, dtype=ours.dtype, output_loading_info=True)
+    require_all_weights(folder, loading)
     if not is_deepspeed_zero3_enabled():
-        ours.load_state_dict(LlavaSPProjector.from_pretrained(folder, dtype=ours.dtype).state_dict())
+        ours.load_state_dict(theirs.state_dict())
         return
     import deepspeed
 
-    # Its weights are in pieces, too
-    theirs = LlavaSPProjector.from_pretrained(folder, dtype=ours.dtype)
+    # Their weights are in pieces, both
     for parameter, source in zip(ours.parameters(), theirs.parameters(), strict=True):
         with deepspeed.zero.GatheredParameters([parameter, source], modifier_rank=0):
             parameter.data.copy_(source.data)
@@ -276,6 +301,9 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> LlavaSPTrainer:
             raise ValueError("`streaming` needs `max_steps`: nobody knows how long a stream is.")
         # One process would read for all and stack their batches, whose images differ in number
         training_arguments.accelerator_config.dispatch_batches = False
+    require_llava_sp(model_arguments.model_name_or_path)
+    if model_arguments.projector is not None:
+        require_projector(model_arguments.projector)
     processor = AutoProcessor.from_pretrained(model_arguments.model_name_or_path)
     collator = make_collator(processor, data_arguments, training_arguments, model_arguments.method)
     # Before the model: a wrong record should not have to wait for it
