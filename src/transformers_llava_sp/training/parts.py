@@ -20,7 +20,7 @@ it.
 """
 
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -110,12 +110,17 @@ def prepare_lora(
 
     Raises:
         ImportError: If PEFT is not installed.
-        ValueError: If no layer of the language model has one of the usual names.
+        ValueError: If no layer of the language model has one of the usual names, or the model has an adapter.
     """
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError as error:
         raise ImportError("LoRA needs PEFT: pip install 'transformers-llava-sp[train]'.") from error
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "The model has an adapter already, which a new one would replace: merge it with `llava-sp merge` and load "
+            "the result, or train it further by PeftModel.from_pretrained(model, adapter, is_trainable=True)."
+        )
     if not any(re.fullmatch(LORA_TARGETS, name) for name, _ in model.named_modules()):
         names = sorted(
             {
@@ -152,4 +157,14 @@ def drop_copies(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
-            module.original_module = nn.Identity()
+            module.original_module = DroppedCopy()
+
+
+class DroppedCopy(nn.Module):
+    """Stands where PEFT's untrained copy of a module was."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(
+            "While an adapter is trained, there is no untrained projector to go back to: save the adapter, and load it "
+            "by PeftModel.from_pretrained to switch it off or to put another beside it."
+        )
