@@ -156,6 +156,8 @@ class LlavaSPTrainer(Trainer):
             from [`load_conversations`].
 
     Raises:
+        TypeError: If the arguments are plain [`~transformers.TrainingArguments`], or the model has an adapter that
+            Transformers has loaded.
         FloatingPointError: While training, if the loss or the gradient is NaN or infinite, in every process; it names
             the step and the records.
         OSError: While training, if a checkpoint cannot be written; it names the newest that can be resumed from.
@@ -166,6 +168,13 @@ class LlavaSPTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault("compute_loss_func", self.compute_vocabulary_loss)
         super().__init__(*args, **kwargs)
+        if not isinstance(self.args, LlavaSPTrainingArguments):
+            raise TypeError(f"args are {type(self.args).__name__}, expected LlavaSPTrainingArguments.")
+        if self.lora_config is None and hasattr(self.unwrapped_model, "peft_config"):
+            raise TypeError(
+                "The model has an adapter that Transformers has loaded, which would not be saved: load the model "
+                "without it, and then the adapter by PeftModel.from_pretrained(model, adapter, is_trainable=True)."
+            )
         self.throughput = ThroughputCallback()
         self.add_callback(self.throughput)
         if self.args.push_to_hub and self.is_world_process_zero():
