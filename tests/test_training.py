@@ -26,6 +26,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
+    TrainingArguments,
 )
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -541,11 +542,39 @@ def test_missing_extra_is_named(monkeypatch):
 def test_unknown_keys_of_a_recipe_are_named(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model_name_or_path: x\ntrain_data: y\nlearning_rat: 1\n")
-    with pytest.raises(ValueError, match="learning_rat"):
+    # In front of bf16, which not every machine has
+    with pytest.raises(ValueError, match=r"--learning_rat 1\. Did you mean --learning_rate\?"):
         read_recipe(recipe)
     recipe.write_text("- a\n")
     with pytest.raises(ValueError, match="holds a YAML list"):
         read_recipe(recipe)
+
+
+def test_trainer_needs_its_own_arguments(workspace, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(workspace / "model")
+    with pytest.raises(TypeError, match="args are TrainingArguments, expected LlavaSPTrainingArguments"):
+        LlavaSPTrainer(prepare_lora(model, r=4), TrainingArguments(tmp_path))
+
+
+def test_adapter_that_transformers_loaded_is_not_trained(workspace, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(workspace / "model")
+    prepare_lora(model, r=4).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="is_trainable=True"):
+        LlavaSPTrainer(AutoModelForImageTextToText.from_pretrained(tmp_path), LlavaSPTrainingArguments(tmp_path))
+    with pytest.raises(ValueError, match="The model has an adapter already"):
+        prepare_lora(AutoModelForImageTextToText.from_pretrained(tmp_path))
+    model = PeftModel.from_pretrained(
+        AutoModelForImageTextToText.from_pretrained(workspace / "model"), tmp_path, is_trainable=True
+    )
+    assert LlavaSPTrainer(model, LlavaSPTrainingArguments(tmp_path)).method == "lora"
+
+
+def test_adapter_cannot_be_switched_off_while_it_is_trained(workspace):
+    model = prepare_lora(AutoModelForImageTextToText.from_pretrained(workspace / "model"), r=4)
+    processor = AutoProcessor.from_pretrained(workspace / "model")
+    with model.disable_adapter(), pytest.raises(RuntimeError, match=r"load it by PeftModel\.from_pretrained"):
+        logits_of(model, processor)
+    assert logits_of(model.merge_and_unload(), processor).isfinite().all()
 
 
 @pytest.fixture(scope="module")

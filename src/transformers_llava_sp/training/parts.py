@@ -165,6 +165,6 @@ class DroppedCopy(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(
-            "While an adapter is trained, there is no untrained projector to go back to: save the adapter, and load it "
-            "by PeftModel.from_pretrained to switch it off or to put another beside it."
+            "While an adapter is trained, there is no untrained projector to go back to: save the adapter, and load "
+            "it by PeftModel.from_pretrained to switch it off or to put another beside it."
         )

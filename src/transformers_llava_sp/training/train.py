@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -166,6 +167,17 @@ def read_recipe(
             arguments += [f"--{key}", str(value)]
     arguments = [current_name(argument) for argument in [*arguments, *overrides]]
     parser = RecipeParser((ModelArguments, DataArguments, LlavaSPTrainingArguments), allow_abbrev=False)
+    # Before the values, which may not fit this machine
+    unknown = parser.parse_known_args(arguments)[1]
+    if unknown:
+        arguments_classes = (ModelArguments, DataArguments, LlavaSPTrainingArguments)
+        names = [f"--{field.name}" for arguments_class in arguments_classes for field in fields(arguments_class)]
+        similar = get_close_matches(unknown[0].split("=")[0], names, n=1)
+        hint = f" Did you mean {similar[0]}?" if similar else ""
+        raise ValueError(
+            f"Unknown arguments, or more than one value: {' '.join(unknown)}.{hint} Keys are the fields of "
+            "TrainingArguments, ModelArguments and DataArguments."
+        )
     model, data, training = parser.parse_args_into_dataclasses(arguments)
     return model, data, training
 
