@@ -27,7 +27,7 @@ from transformers.utils import logging
 import transformers_llava_sp
 from transformers_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProjector
 from transformers_llava_sp.conversion import merge_adapter
-from transformers_llava_sp.training.card import MAX_ROWS, loss_table
+from transformers_llava_sp.training.card import MAX_ROWS, loss_table, mean_loss
 from transformers_llava_sp.training.train import read_recipe, train
 
 
@@ -155,12 +155,17 @@ def test_card(workspace, tmp_path, recipe):
         if "eval_loss" in entry:
             assert f"| {entry['step']} | {entry['epoch']:.4g} | {entry['eval_loss']:.4g} |" in card.text
         if "train_loss" in entry:
-            assert f"The mean over the whole training is {entry['train_loss']:.4f}." in card.text
+            assert f"The mean over all steps up to the last of these is {entry['train_loss']:.4f}." in card.text
     assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 2
     assert f"transformers-llava-sp {transformers_llava_sp.__version__}, transformers " in text
     # Nothing of this machine
     for part in (str(tmp_path), str(workspace), "secret", str(Path.home()), os.uname().nodename):
         assert part not in str(card)
+
+
+def test_mean_loss_counts_what_was_before_a_run_was_resumed():
+    assert mean_loss([{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}, {"step": 25, "loss": 1.0}]) == 2.2
+    assert mean_loss([]) is None
 
 
 def test_recipe_of_the_card_is_the_one_that_was_trained(workspace, tmp_path):

@@ -217,10 +217,8 @@ llava-sp train recipe.yaml --model_name_or_path {{ base_name }}{{ " --projector 
 On the training data, each the mean since the one before:
 
 {{ training_rows }}
-{%- if train_loss is not none %}
 
-The mean over the whole training is {{ "%.4f" | format(train_loss) }}.
-{%- endif %}
+The mean over all steps up to the last of these is {{ "%.4f" | format(train_loss) }}.
 {%- else %}
 None was logged on the training data.
 {%- endif %}
@@ -432,7 +430,6 @@ def make_training_card(trainer: "LlavaSPTrainer", **metadata: Any) -> ModelCard:
         }
     )
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    means = [entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry]
     collator = trainer.data_collator
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     variant = config.projector_config.spatial_variant
@@ -468,7 +465,7 @@ def make_training_card(trainer: "LlavaSPTrainer", **metadata: Any) -> ModelCard:
         lora_layers=lora_layers(lora),
         recipe=make_recipe(trainer),
         training_rows=loss_table(steps, ["loss", "grad_norm", "learning_rate"]),
-        train_loss=means[-1] if means else None,
+        train_loss=mean_loss(steps),
         evaluation_rows=loss_table(
             [entry for entry in trainer.state.log_history if any(key in entry for key in evaluations)], evaluations
         ),
@@ -581,6 +578,21 @@ def loss_table(entries: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str
         cells = [f"{entry[key]:.4g}" if key in entry else "-" for key in ("epoch", *keys)]
         rows.append(f"| {entry['step']} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def mean_loss(entries: Sequence[Mapping[str, Any]]) -> float | None:
+    """
+    The mean loss of all steps, `None` if there is no entry. Trainer's `train_loss` is that of the steps since a run
+    was resumed.
+
+    Args:
+        entries (`list[dict]`): What was logged, each with `step` and the `loss` since the one before.
+    """
+    if not entries:
+        return None
+    firsts = [0, *(entry["step"] for entry in entries)]
+    total = sum(entry["loss"] * (entry["step"] - first) for entry, first in zip(entries, firsts, strict=False))
+    return total / entries[-1]["step"]
 
 
 def link(origin: Provenance) -> str:
