@@ -619,6 +619,24 @@ def test_nothing_is_trained_from_random_weights(workspace, wrong_sources, tmp_pa
     assert message in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(
+    ("recipe", "source"), [("lora", "projector"), ("pretrain", "adapter"), ("full", "projector"), ("lora", "model")]
+)
+def test_results_of_two_kinds_are_not_mixed(workspace, wrong_sources, recipe, source):
+    output = wrong_sources[source]
+    before = sorted(output.iterdir())
+    result = run(recipe, *options(workspace, output, max_steps=1))
+    assert result.exit_code == 1
+    assert "holds something else than method" in " ".join(result.output.split())
+    assert sorted(output.iterdir()) == before
+
+
+def test_output_that_is_a_file_is_refused(workspace, tmp_path):
+    (tmp_path / "file").touch()
+    result = run("lora", *options(workspace, tmp_path / "file"))
+    assert f"output_dir '{tmp_path / 'file'}' cannot be made: File exists." in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_recipes_are_the_authors(name):
     model, data, training = read_recipe(

@@ -14,6 +14,7 @@
 """The `llava-sp train` command: a recipe and what overrides it, the model, the data, and then the trainer"""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -34,7 +35,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ..configuration_llava_sp import LlavaSPProjectorConfig
+from ..configuration_llava_sp import LlavaSPConfig, LlavaSPProjectorConfig
 from ..conversion.checkpoint import find_model_type, join_keys, require_llava_sp
 from ..conversion.export import architecture_differences
 from ..modeling_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProjector
@@ -307,6 +308,7 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> LlavaSPTrainer:
     require_extra()
     model_arguments, data_arguments, training_arguments = read_recipe(recipe, overrides)
     checkpoint = find_checkpoint(training_arguments)
+    check_output(Path(training_arguments.output_dir), model_arguments.method)
     set_seed(training_arguments.seed)
     if data_arguments.streaming:
         if training_arguments.max_steps <= 0:
@@ -398,6 +400,27 @@ def load_data(
             raise TrainingDataError(f"{dataset.name} has no record to train on.")
         dataset.repeat = True
     return dataset, summarize_data(dataset, num_valid)
+
+
+def check_output(output_dir: Path, method: str) -> None:
+    """
+    Raise a `ValueError` if a folder cannot be written to, or has a result of another kind, whose files would stay
+    among those of this one.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir {str(output_dir)!r} cannot be made: {error.strerror}.") from error
+    if not os.access(output_dir, os.W_OK):
+        raise ValueError(f"output_dir {str(output_dir)!r} cannot be written to.")
+    has_adapter = (output_dir / "adapter_config.json").is_file()
+    model_type = find_model_type(str(output_dir)) if (output_dir / "config.json").is_file() else None
+    expected = {"lora": None, "projector": LlavaSPProjectorConfig.model_type, "full": LlavaSPConfig.model_type}[method]
+    if (has_adapter and method != "lora") or model_type not in (None, expected):
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} holds something else than method {method!r} makes, whose files would be "
+            "mixed up with its own: choose another folder, or empty that one."
+        )
 
 
 def find_checkpoint(arguments: LlavaSPTrainingArguments) -> str | None:
