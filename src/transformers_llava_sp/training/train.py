@@ -172,9 +172,9 @@ def read_recipe(
     unknown = parser.parse_known_args(arguments)[1]
     if unknown:
         arguments_classes = (ModelArguments, DataArguments, LlavaSPTrainingArguments)
-        names = [f"--{field.name}" for arguments_class in arguments_classes for field in fields(arguments_class)]
-        similar = get_close_matches(unknown[0].split("=")[0], names, n=1)
-        hint = f" Did you mean {similar[0]}?" if similar else ""
+        known = [f"--{field.name}" for arguments_class in arguments_classes for field in fields(arguments_class)]
+        nearest = get_close_matches(unknown[0].split("=")[0], known, n=1)
+        hint = f" Did you mean {nearest[0]}?" if nearest else ""
         raise ValueError(
             f"Unknown arguments, or more than one value: {' '.join(unknown)}.{hint} Keys are the fields of "
             "TrainingArguments, ModelArguments and DataArguments."
