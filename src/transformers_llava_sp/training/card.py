@@ -217,8 +217,10 @@ llava-sp train recipe.yaml --model_name_or_path {{ base_name }}{{ " --projector 
 On the training data, each the mean since the one before:
 
 {{ training_rows }}
+{%- if train_loss is not none %}
 
 The mean over all steps up to the last of these is {{ "%.4f" | format(train_loss) }}.
+{%- endif %}
 {%- else %}
 None was logged on the training data.
 {%- endif %}
@@ -430,6 +432,7 @@ def make_training_card(trainer: "LlavaSPTrainer", **metadata: Any) -> ModelCard:
         }
     )
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    has_ended = any("train_loss" in entry for entry in trainer.state.log_history)
     collator = trainer.data_collator
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     variant = config.projector_config.spatial_variant
@@ -465,7 +468,7 @@ def make_training_card(trainer: "LlavaSPTrainer", **metadata: Any) -> ModelCard:
         lora_layers=lora_layers(lora),
         recipe=make_recipe(trainer),
         training_rows=loss_table(steps, ["loss", "grad_norm", "learning_rate"]),
-        train_loss=mean_loss(steps),
+        train_loss=mean_loss(steps) if has_ended else None,
         evaluation_rows=loss_table(
             [entry for entry in trainer.state.log_history if any(key in entry for key in evaluations)], evaluations
         ),
