@@ -333,7 +333,7 @@ def test_a_checkpoint_that_is_replaced_is_never_lost(tmp_path, monkeypatch, mome
 def test_an_earlier_result_stays_until_the_next_is_written(runs, workspace, tmp_path, monkeypatch):
     folder, arguments = runs
     output = tmp_path / "out"
-    shutil.copytree(folder / "lora-whole", output)
+    shutil.copytree(folder / "lora-whole", output, ignore=shutil.ignore_patterns("checkpoint-*"))
     (output / "README.md").write_text((output / "README.md").read_text() + "\nmine\n")
     before = digest(output)
 
@@ -348,6 +348,18 @@ def test_an_earlier_result_stays_until_the_next_is_written(runs, workspace, tmp_
     with monkeypatch.context() as patch, pytest.raises(OSError, match=f"Writing the model to {output} failed: No sp"):
         patch.setattr(torch, "save", save)
         trainer.save_model()
+    assert digest(output) == before
+
+
+def test_checkpoints_of_another_run_are_not_taken_for_those_of_a_new_one(runs, tmp_path):
+    folder, arguments = runs
+    output = tmp_path / "out"
+    shutil.copytree(folder / "lora-whole", output)
+    before = digest(output)
+    with pytest.raises(
+        ValueError, match=r"has checkpoints of another run: 'checkpoint-\d.*resume_from_checkpoint true"
+    ):
+        train("lora", arguments("lora", output, max_steps=1))
     assert digest(output) == before
 
 

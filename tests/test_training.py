@@ -5,6 +5,7 @@ into batches, or a run into two, changes nothing.
 
 import copy
 import importlib.util
+import inspect
 import json
 import os
 import runpy
@@ -26,6 +27,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
+    Trainer,
     TrainingArguments,
 )
 from typer.main import get_command
@@ -773,3 +775,18 @@ def test_example_script_trains_an_adapter_that_merges(workspace, tmp_path, monke
     adapter, merged = (AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("adapter", "merged"))
     processor = AutoProcessor.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits_of(adapter, processor), logits_of(merged, processor), rtol=0, atol=1e-4)
+
+
+def test_trainer_has_what_is_overridden():
+    """Of Transformers' Trainer, some is private: a method that it no longer calls would be passed over silently."""
+    for name, method in vars(LlavaSPTrainer).items():
+        if inspect.isfunction(method) and hasattr(Trainer, name):
+            theirs = inspect.signature(getattr(Trainer, name)).parameters
+            ours = inspect.signature(method).parameters
+            generic = {parameter.kind for parameter in ours.values()} & {
+                inspect.Parameter.VAR_POSITIONAL,
+                inspect.Parameter.VAR_KEYWORD,
+            }
+            assert generic or list(ours) == list(theirs), name
+    private = {name for name in vars(LlavaSPTrainer) if name.startswith("_") and not name.startswith("__")}
+    assert {name for name in private if not hasattr(Trainer, name)} == {"_staged", "_push_output"}

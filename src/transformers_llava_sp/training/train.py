@@ -34,6 +34,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration_llava_sp import LlavaSPConfig, LlavaSPProjectorConfig
 from ..conversion.checkpoint import find_model_type, join_keys, require_llava_sp
@@ -45,6 +46,7 @@ from .checkpoints import clear_staging, find_problem, newest_checkpoint
 from .collator import LlavaSPDataCollator
 from .data import (
     ConversationDataset,
+    RecordError,
     StreamedConversationDataset,
     TrainingDataError,
     drop_long_records,
@@ -309,6 +311,8 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> LlavaSPTrainer:
     model_arguments, data_arguments, training_arguments = read_recipe(recipe, overrides)
     checkpoint = find_checkpoint(training_arguments)
     check_output(Path(training_arguments.output_dir), model_arguments.method)
+    if checkpoint is None:
+        check_checkpoints(Path(training_arguments.output_dir))
     set_seed(training_arguments.seed)
     if data_arguments.streaming:
         if training_arguments.max_steps <= 0:
@@ -386,13 +390,17 @@ def load_data(
     The records of a source without those that are too long, checked, or as a stream that begins anew at its end; and
     what the card says of them.
     """
-    dataset = load_conversations(
-        source,
-        image_folder,
-        streaming=streaming,
-        skip_bad_records=arguments.skip_bad_records,
-        check_images=arguments.check_images,
-    )
+    try:
+        dataset = load_conversations(
+            source,
+            image_folder,
+            streaming=streaming,
+            skip_bad_records=arguments.skip_bad_records,
+            check_images=arguments.check_images,
+        )
+    except RecordError as error:
+        advice = "Mend it, or pass --skip_bad_records true to leave out and count such records."
+        raise RecordError(f"{error} {advice}", error.reason) from error
     num_valid = None if isinstance(dataset, StreamedConversationDataset) else len(dataset)
     dataset = drop_long_records(dataset, collator)
     if isinstance(dataset, StreamedConversationDataset):
@@ -420,6 +428,16 @@ def check_output(output_dir: Path, method: str) -> None:
         raise ValueError(
             f"output_dir {str(output_dir)!r} holds something else than method {method!r} makes, whose files would be "
             "mixed up with its own: choose another folder, or empty that one."
+        )
+
+
+def check_checkpoints(output_dir: Path) -> None:
+    """Raise a `ValueError` if a folder has checkpoints of another run, which could be taken for the new one's."""
+    names = sorted(path.name for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    if names:
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} has checkpoints of another run: {join_keys(names)}. Go on with it by "
+            "--resume_from_checkpoint true, or choose another folder."
         )
 
 

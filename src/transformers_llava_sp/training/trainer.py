@@ -72,6 +72,8 @@ class LlavaSPTrainingArguments(TrainingArguments):
         if self.sharding is not None:
             self.apply_sharding(self.sharding)
         super().__post_init__()
+        if self.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` must be 0: the loss is that of the authors, without it.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator needs what it would remove.")
 
