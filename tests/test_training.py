@@ -531,6 +531,15 @@ def test_wrong_values_are_one_line(workspace, tmp_path, overrides, message):
     assert result.stderr.endswith(f"{line}\n")
 
 
+def test_trainer_is_found_beside_the_data(monkeypatch):
+    from transformers_llava_sp import training
+
+    assert all(hasattr(training, name) for name in training.__all__)
+    assert training.LlavaSPTrainer is LlavaSPTrainer
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        training.nothing  # noqa: B018
+
+
 def test_missing_extra_is_named(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(

@@ -103,6 +103,8 @@ def require_llava_sp(name: str) -> None:
 
 def find_model_type(name: str) -> str | None:
     """The `model_type` in the config.json of a folder or Hub id. Raises an `OSError` if that cannot be found."""
+    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise OSError(f"There is no folder {name!r}.")
     try:
         return PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     except OSError as error:
