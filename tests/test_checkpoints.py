@@ -363,6 +363,13 @@ def test_checkpoints_of_another_run_are_not_taken_for_those_of_a_new_one(runs, t
     assert digest(output) == before
 
 
+def test_checkpoint_of_another_method_is_refused(runs, tmp_path):
+    folder, arguments = runs
+    checkpoint = newest_checkpoint(folder / "lora-whole")
+    with pytest.raises(ValueError, match=r"checkpoint-\d+ is not a checkpoint of method 'projector'"):
+        train("pretrain", arguments("pretrain", tmp_path / "out", resume_from_checkpoint=checkpoint))
+
+
 def test_the_best_checkpoint_is_loaded(runs, tmp_path):
     """Here that of the highest loss: the first. For the projector alone, Trainer itself would load nothing."""
     folder, arguments = runs

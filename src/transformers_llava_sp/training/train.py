@@ -313,6 +313,8 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> LlavaSPTrainer:
     check_output(Path(training_arguments.output_dir), model_arguments.method)
     if checkpoint is None:
         check_checkpoints(Path(training_arguments.output_dir))
+    elif is_of_another_kind(Path(checkpoint), model_arguments.method):
+        raise ValueError(f"{checkpoint} is not a checkpoint of method {model_arguments.method!r}: choose another.")
     set_seed(training_arguments.seed)
     if data_arguments.streaming:
         if training_arguments.max_steps <= 0:
@@ -421,14 +423,19 @@ def check_output(output_dir: Path, method: str) -> None:
         raise ValueError(f"output_dir {str(output_dir)!r} cannot be made: {error.strerror}.") from error
     if not os.access(output_dir, os.W_OK):
         raise ValueError(f"output_dir {str(output_dir)!r} cannot be written to.")
-    has_adapter = (output_dir / "adapter_config.json").is_file()
-    model_type = find_model_type(str(output_dir)) if (output_dir / "config.json").is_file() else None
-    expected = {"lora": None, "projector": LlavaSPProjectorConfig.model_type, "full": LlavaSPConfig.model_type}[method]
-    if (has_adapter and method != "lora") or model_type not in (None, expected):
+    if is_of_another_kind(output_dir, method):
         raise ValueError(
             f"output_dir {str(output_dir)!r} holds something else than method {method!r} makes, whose files would be "
             "mixed up with its own: choose another folder, or empty that one."
         )
+
+
+def is_of_another_kind(folder: Path, method: str) -> bool:
+    """Whether a folder has what another method makes."""
+    has_adapter = (folder / "adapter_config.json").is_file()
+    model_type = find_model_type(str(folder)) if (folder / "config.json").is_file() else None
+    expected = {"lora": None, "projector": LlavaSPProjectorConfig.model_type, "full": LlavaSPConfig.model_type}[method]
+    return (has_adapter and method != "lora") or model_type not in (None, expected)
 
 
 def check_checkpoints(output_dir: Path) -> None:
