@@ -174,6 +174,16 @@ def test_ask_commands_run(command, workspace, monkeypatch):
     assert result.stdout.strip()
 
 
+@pytest.mark.parametrize("command", commands_starting_with("llava-sp", "explain"), ids=shlex.join)
+def test_explain_commands_run(command, workspace, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extras demo and dev)")
+    monkeypatch.chdir(workspace)
+    output = tmp_path / command[command.index("--output") + 1]
+    result = CliRunner().invoke(app, [*command[1:], "--output", str(output), "--max-new-tokens", "8"])
+    assert result.exit_code == 0, result.output
+    assert output.stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("command", commands_starting_with("llava-sp", "inspect"), ids=shlex.join)
 def test_inspect_commands_run(command, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
@@ -199,7 +209,7 @@ def test_train_commands_are_understood(command, tmp_path):
     assert training.output_dir
 
 
-TESTED = ("convert", "ask", "inspect", "create", "train", "merge", "export-original")
+TESTED = ("convert", "ask", "explain", "inspect", "create", "train", "merge", "export-original")
 
 
 def test_every_command_is_known():

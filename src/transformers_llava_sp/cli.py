@@ -14,6 +14,7 @@
 """The `llava-sp` command: one sub-command for each thing to do, the work itself elsewhere in the package."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -356,6 +357,46 @@ def ask(
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)
+
+
+@app.command()
+def explain(
+    model_name: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A converted LLaVA-SP model: a folder or a Hub id.")
+    ],
+    image: Annotated[str, typer.Argument(help="The image: a file or a URL.")],
+    output: Annotated[Path, typer.Option(help="The picture to write, ending in .png, .pdf or .svg.")],
+    question: Annotated[
+        str | None, typer.Option(help="A question about the image, to see what its answer attends to as well.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    dtype: Annotated[Dtype, typer.Option(help="Number format to compute in.")] = Dtype.auto,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute, such as cpu or cuda:0. A GPU if there is one.")
+    ] = None,
+) -> None:
+    """Draw what each spatial token of an image reads and attends to."""
+    with one_line_errors():
+        from transformers import AutoProcessor
+
+        from .conversion.checkpoint import require_llava_sp
+        from .visualization import check_output, draw, load_rgb_image, require_matplotlib, save_figure
+        from .visualization import explain as explain_image
+
+        # Before the weights: nothing that is wrong here should have to wait for them
+        require_matplotlib()
+        check_output(output)
+        if output.exists() and os.path.exists(image) and output.samefile(image):
+            raise ValueError(f"The output {output} is the image itself: choose another.")
+        require_llava_sp(model_name)
+        processor = AutoProcessor.from_pretrained(model_name)
+        loaded = load_rgb_image(processor, image)
+        model = load_model(model_name, dtype=dtype.value, device=device, attention=None)
+        explanation = explain_image(model, processor, loaded, question, max_new_tokens)
+        save_figure(draw(explanation), output)
+    if explanation.answer is not None:
+        typer.echo(explanation.answer)
+    typer.echo(f"Wrote {output}")
 
 
 def load_model(name: str, dtype: str, device: str | None, attention: str | None) -> Any:
