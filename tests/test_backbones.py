@@ -716,8 +716,8 @@ def test_offloaded_to_disk_equals_in_memory(request, corner, device_map, tmp_pat
         )
     if "" not in device_map:
         if corner.tiles:
-            # A parameter outside of all submodules: where it lies must be said
-            device_map = {**device_map, "model.image_newline": "cpu"}
+            # Where each part lies must be said
+            device_map = {**device_map, "model.image_newline": "disk"}
         if model.config.tie_word_embeddings and "model.language_model" not in device_map:
             # One weight cannot be in two places
             device_map = {**device_map, "lm_head": device_map["model.language_model.embed_tokens"]}
@@ -743,7 +743,7 @@ def test_automatic_device_map_equals_in_memory(corner, tmp_path):
     assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
     assert "model.multi_modal_projector" in loaded.hf_device_map
     if corner.tiles:
-        assert loaded.hf_device_map["model.image_newline"] == "cpu"
+        assert "model.image_newline" in loaded.hf_device_map
     deployment.assert_answers_equal(loaded, model, corner.inputs)
 
 
