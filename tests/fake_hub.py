@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, hf_api
 from transformers.utils import hub as transformers_hub
 
 
@@ -169,6 +169,8 @@ class FakeHub:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         monkeypatch.setattr(transformers_hub, "_hf_api", None)
+        # What the functions of `huggingface_hub` go by, which PEFT asks for example
+        monkeypatch.setattr(hf_api.api, "endpoint", self.url)
         close_session()  # it may have been opened with a proxy
 
     def requests_to(self, pattern: str) -> list[Request]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MINI_GOLDEN, randomize_
-from test_training import RecordingTrainer, authors_steps, history, options, our_name  # noqa: F401
+from test_training import authors_steps, compare_gradients, history, options, train_as_the_authors  # noqa: F401
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
@@ -23,7 +23,6 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration
 from transformers_llava_sp.training import LlavaSPDataCollator
 from transformers_llava_sp.training.train import train
-from transformers_llava_sp.training.trainer import LlavaSPTrainingArguments
 
 
 pytestmark = [
@@ -272,43 +271,18 @@ def test_a_lora_step_in_bf16_is_close_to_fp32_on_the_cpu(authors_steps):  # noqa
 
 
 def test_fp32_steps_are_the_authors(authors_steps, tmp_path):  # noqa: F811
-    steps, model, processor, dataset = authors_steps
-    trainer = RecordingTrainer(
-        model=copy.deepcopy(model),
-        args=LlavaSPTrainingArguments(
-            output_dir=tmp_path,
-            learning_rate=steps["lr"]["lora"],
-            projector_learning_rate=steps["lr"]["projector"],
-            lr_scheduler_type="constant",
-            max_steps=3,
-            per_device_train_batch_size=2,
-            train_sampling_strategy="sequential",
-            max_grad_norm=1.0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-        ),
-        data_collator=LlavaSPDataCollator(processor, return_ids=True),
-        train_dataset=dataset,
-    )
+    trainer = train_as_the_authors(authors_steps, tmp_path)
     assert trainer.model.device.type == "cuda"
-    trainer.train()
+    steps = authors_steps[0]
     norms = [norm for [norm] in history(trainer, "grad_norm")]
-    for number, (loss, norm) in enumerate(zip(trainer.losses, norms, strict=True)):
-        expected = steps["steps"][number]
+    for number, (loss, norm, expected) in enumerate(zip(trainer.losses, norms, steps["steps"], strict=True)):
         print(
             f"{steps['case']} fp32 step {number}: loss {loss / expected['loss'] - 1:+.1e}, gradient norm "
             f"{norm / expected['grad_norm'] - 1:+.1e} from the authors'"
         )
         assert loss == pytest.approx(expected["loss"], rel=LOSS_FP32)
         assert norm == pytest.approx(expected["grad_norm"], rel=NORM_FP32)
-    by_tensor = {our_name(key): norm for key, norm in steps["steps"][0]["grad_norm_by_tensor"].items()}
-    found = {name.removeprefix("base_model.model."): norm for name, norm in trainer.gradients.items()}
-    assert by_tensor.keys() == found.keys()
-    for name, norm in by_tensor.items():
-        # The softmax ignores what these add to all keys alike: the authors' are rounding errors
-        if not name.endswith(("key_proj.bias", "key_norm.bias")):
-            assert found[name] == pytest.approx(norm, rel=NORM_FP32), name
+    compare_gradients(trainer, authors_steps, NORM_FP32)
 
 
 @torch.no_grad()

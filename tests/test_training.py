@@ -161,21 +161,13 @@ class RecordingTrainer(LlavaSPTrainer):
         return loss
 
 
-@pytest.mark.parametrize(
-    ("dtype", "loss_tolerance", "norm_tolerance"),
-    [(torch.float64, 1e-5, 1e-4), (torch.float32, 1e-5, 2e-4)],
-    ids=["float64", "float32"],
-)
-def test_steps_are_the_authors(authors_steps, tmp_path, dtype, loss_tolerance, norm_tolerance):
-    """
-    In float32, which the authors ran in, Adam turns the rounding of a gradient near zero into a step of full length,
-    which moves the gradient norm of a later step by more than 1e-4. In float64 there is no such rounding.
-    """
+def train_as_the_authors(authors_steps, output_dir, dtype=torch.float32) -> RecordingTrainer:
+    """The steps that the authors' code has recorded, made by ours."""
     steps, model, processor, dataset = authors_steps
     trainer = RecordingTrainer(
         model=copy.deepcopy(model).to(dtype),
         args=LlavaSPTrainingArguments(
-            output_dir=tmp_path,
+            output_dir=output_dir,
             learning_rate=steps["lr"]["lora"],
             projector_learning_rate=steps["lr"]["projector"],
             lr_scheduler_type="constant",
@@ -192,18 +184,34 @@ def test_steps_are_the_authors(authors_steps, tmp_path, dtype, loss_tolerance, n
         train_dataset=dataset,
     )
     trainer.train()
-    expected = steps["steps"]
-    assert [step["batch"] for step in expected] == [0, 1, 0, 1]
-    for loss, [norm], step in zip(trainer.losses, history(trainer, "grad_norm"), expected, strict=True):
-        assert loss == pytest.approx(step["loss"], rel=loss_tolerance)
-        assert norm == pytest.approx(step["grad_norm"], rel=norm_tolerance)
-    by_tensor = {our_name(key): norm for key, norm in expected[0]["grad_norm_by_tensor"].items()}
+    assert [step["batch"] for step in steps["steps"]] == [0, 1, 0, 1]
+    return trainer
+
+
+def compare_gradients(trainer: RecordingTrainer, authors_steps, tolerance: float) -> None:
+    """Compare the norm of each tensor's gradient in the first step with the authors'."""
+    recorded = authors_steps[0]["steps"][0]["grad_norm_by_tensor"]
+    by_tensor = {our_name(key): norm for key, norm in recorded.items()}
     found = {name.removeprefix("base_model.model."): norm for name, norm in trainer.gradients.items()}
     assert by_tensor.keys() == found.keys()
     for name, norm in by_tensor.items():
         # The softmax ignores what these add to all keys alike: the authors' are rounding errors
         if not name.endswith(("key_proj.bias", "key_norm.bias")):
-            assert found[name] == pytest.approx(norm, rel=1e-4), name
+            assert found[name] == pytest.approx(norm, rel=tolerance), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_steps_are_the_authors(authors_steps, tmp_path, dtype):
+    trainer = train_as_the_authors(authors_steps, tmp_path, dtype)
+    # In float32, which the authors ran in, Adam turns the rounding of a gradient near zero into a step of full length,
+    # here as there, but not the same. The norms after two such steps are compared where there is no such rounding.
+    compared = 4 if dtype == torch.float64 else 2
+    norms = history(trainer, "grad_norm")
+    for number, step in enumerate(authors_steps[0]["steps"]):
+        assert trainer.losses[number] == pytest.approx(step["loss"], rel=1e-5)
+        if number < compared:
+            assert norms[number] == pytest.approx([step["grad_norm"]], rel=1e-4)
+    compare_gradients(trainer, authors_steps, 1e-4)
 
 
 # What is trained
@@ -620,7 +628,7 @@ def wrong_sources(workspace, tmp_path_factory):
         ("projector", "model", "is not a projector by itself"),
         ("projector", "adapter", "is not a projector by itself"),
         ("projector", "pooling-projector", "they differ in 'spatial_variant'"),
-        ("projector", "incomplete-projector", "lacks 'detail_feature_integrator.query_proj.weight'"),
+        ("projector", "incomplete-projector", "not all weights in the shapes"),
     ],
     ids=lambda value: value if " " not in value else "",
 )

@@ -419,6 +419,8 @@ def load_model(name: str, dtype: str, device: str | None, attention: str | None)
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
+    from .conversion.checkpoint import require_all_weights
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -435,12 +437,7 @@ def load_model(name: str, dtype: str, device: str | None, attention: str | None)
         )
     except SafetensorError as error:
         raise ValueError(f"The weights of {name!r} are damaged ({error}). Convert or download it again.") from error
-    random_weights = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    if random_weights:
-        raise ValueError(
-            f"{name!r} has not all weights in the shapes that its config.json implies: "
-            f"{', '.join(sorted(random_weights))}. Convert or download it again."
-        )
+    require_all_weights(name, loading)
     return model.to(device)
 
 

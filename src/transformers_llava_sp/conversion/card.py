@@ -341,6 +341,9 @@ def read_license(folder: Path, name: str) -> str | None:
     license = metadata.get("license")
     if license == "other":
         license = metadata.get("license_name") or license
+    elif license == "unknown":
+        # What `create` writes where no source states any
+        license = None
     return " ".join(license.split()) if isinstance(license, str) and license.strip() else KNOWN_LICENSES.get(name)
 
 

@@ -101,6 +101,22 @@ def require_llava_sp(name: str) -> None:
     )
 
 
+def require_all_weights(name: str, loading: Mapping[str, Any]) -> None:
+    """
+    Raise a `ValueError` if a model was not loaded whole: what Transformers finds no value for, it draws at random.
+
+    Args:
+        name (`str`): The folder or Hub id.
+        loading (`dict[str, Any]`): What `from_pretrained` gives for `output_loading_info=True`.
+    """
+    random_weights = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    if random_weights:
+        raise ValueError(
+            f"{name!r} has not all weights in the shapes that its config.json implies: "
+            f"{join_keys(sorted(random_weights))}. Make or download it again."
+        )
+
+
 def find_model_type(name: str) -> str | None:
     """The `model_type` in the config.json of a folder or Hub id. Raises an `OSError` if that cannot be found."""
     if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):

@@ -232,7 +232,7 @@ def export_original(
     for ours, key in keys.items():
         check_finite(projector.file_of(ours), ours, tensors[key])
     original_config = make_config(model)
-    notes = describe(model, lora, vision_tower)
+    notes = describe(model, lora, language_model, vision_tower)
     tower: SourceFolder | None = None
     if verify and language_model is not None:
         found = resolve_source(language_model, "language model")
@@ -653,7 +653,12 @@ def is_equal(tensor: torch.Tensor, ours: torch.Tensor, may_have_grown: bool) -> 
     return all(torch.equal(rows.to(ours.dtype), ours[start : start + len(rows)]) for start, rows in split_rows(tensor))
 
 
-def describe(model: ConvertedModel, lora: LoraAdapter | None, vision_tower: str | Path | None) -> list[str]:
+def describe(
+    model: ConvertedModel,
+    lora: LoraAdapter | None,
+    language_model: str | Path | None,
+    vision_tower: str | Path | None,
+) -> list[str]:
     """What whoever uses the export should know, which its files do not tell."""
     config: Any = model.config.projector_config
     notes = []
@@ -671,6 +676,11 @@ def describe(model: ConvertedModel, lora: LoraAdapter | None, vision_tower: str 
         notes.append(
             f"The authors' code must be set to {variant}: it reads the variant from no file, and loads others without "
             "a word."
+        )
+    if lora is not None and language_model is None:
+        notes.append(
+            f"The language model was compared with none: it is that of {model.source}, which another adapter may have "
+            "been merged into. Pass --language-model to compare and name it."
         )
     if vision_tower is None:
         notes.append(

@@ -90,7 +90,8 @@ This is the projector of a LLaVA-SP model, and nothing else: what comes between 
 model, and makes the visual tokens. It was trained alone, inside of {{ base_link }}, all of whose other weights were
 frozen.
 {%- else -%}
-This is a whole LLaVA-SP model. All of it but the vision tower was trained, starting from {{ base_link }}.
+This is a whole LLaVA-SP model. All of it{{ " but the vision tower" if not train_vision_tower }} was trained, starting
+from {{ base_link }}.
 {%- endif %} The variant is {{ variant }}: {{ variant_text }}
 
 | part | sizes |
@@ -382,7 +383,7 @@ def find_origin(role: str, name: str) -> Provenance:
         # The cache calls it by the commit
         revision, license = snapshot.name, KNOWN_LICENSES.get(name)
         try:
-            license = stated_license(Path(hf_hub_download(name, CARD_NAME, revision=revision)).parent, name)
+            license = read_license(Path(hf_hub_download(name, CARD_NAME, revision=revision)).parent, name)
         except Exception as error:  # neither a missing card nor an unreachable Hub may stop a training
             logger.info(f"The card of {name} cannot be read: {error}")
         return Provenance(role, name, True, revision, license, {})
@@ -395,15 +396,9 @@ def find_origin(role: str, name: str) -> Provenance:
         folder.name if name else "",
         False,
         None,
-        stated_license(folder, folder.name) if digests else None,
+        read_license(folder, folder.name) if digests else None,
         digests,
     )
-
-
-def stated_license(folder: Path, name: str) -> str | None:
-    """The licence that a folder's card states."""
-    license = read_license(folder, name)
-    return None if license == "unknown" else license
 
 
 def make_training_card(trainer: "LlavaSPTrainer", **metadata: Any) -> ModelCard:
@@ -441,6 +436,7 @@ def make_training_card(trainer: "LlavaSPTrainer", **metadata: Any) -> ModelCard:
         template_str=TEMPLATE,
         title=f"LLaVA-SP-{variant.capitalize()}, {TITLES[method]}",
         method=method,
+        train_vision_tower=trainer.trains_vision_tower,
         variant=variant,
         variant_text=VARIANT_TEXTS[variant],
         sizes=part_sizes(config),
@@ -524,6 +520,8 @@ def make_recipe(trainer: "LlavaSPTrainer") -> str:
     """The YAML file that leads to the same training, without a model, data and places."""
     arguments: Any = trainer.args
     recipe: dict[str, Any] = {"method": trainer.method}
+    if trainer.trains_vision_tower:
+        recipe["train_vision_tower"] = True
     # Only a quantized model has this
     if getattr(trainer.unwrapped_model, "is_loaded_in_4bit", False):
         recipe["load_in_4bit"] = True

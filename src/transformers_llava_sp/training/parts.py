@@ -71,15 +71,17 @@ def prepare_full(
     if not train_vision_tower:
         tower.requires_grad_(False).to(dtype)
         return model
+    # Several processes wait for a gradient of whatever is trained. Found with a tower without weights, since those of
+    # the model may be in pieces.
     size = model.config.tile_size
-    parameters = list(tower.parameters())
-    image = torch.zeros(1, 3, size, size, device=tower.device)
-    features = tower(image, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
-    # Several processes wait for a gradient of whatever is trained
-    for parameter, gradient in zip(
-        parameters, torch.autograd.grad(features.sum(), parameters, allow_unused=True), strict=True
-    ):
-        parameter.requires_grad_(gradient is not None)
+    with torch.device("meta"):
+        outline = type(tower)(tower.config)
+        features = outline(torch.empty(1, 3, size, size), output_hidden_states=True).hidden_states
+    parameters = dict(outline.named_parameters())
+    used = features[model.config.vision_feature_layer].sum()
+    gradients = torch.autograd.grad(used, list(parameters.values()), allow_unused=True)
+    for name, gradient in zip(parameters, gradients, strict=True):
+        tower.get_parameter(name).requires_grad_(gradient is not None)
     return model
 
 

@@ -129,6 +129,12 @@ def push_checkpoint(trainer: "LlavaSPTrainer", checkpoint: str) -> None:
         trainer.push_in_progress.jobs.extend(jobs)
 
 
+def close_pushes(trainer: "LlavaSPTrainer") -> None:
+    """Say which pushes in the background have failed, and remove what they needed, when none goes on any more."""
+    warn_about_failures(trainer)
+    shutil.rmtree(Path(trainer.args.output_dir, PUSHED_NAME), ignore_errors=True)
+
+
 def warn_about_failures(trainer: "LlavaSPTrainer") -> None:
     """Say which of the pushes in the background have failed, of which nobody would hear otherwise."""
     progress = trainer.push_in_progress

@@ -37,7 +37,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration_llava_sp import LlavaSPConfig, LlavaSPProjectorConfig
-from ..conversion.checkpoint import find_model_type, join_keys, require_llava_sp
+from ..conversion.checkpoint import find_model_type, join_keys, require_all_weights, require_llava_sp
 from ..conversion.export import architecture_differences
 from ..modeling_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProjector
 from ..processing_llava_sp import LlavaSPProcessor, vicuna_v1_chat_template
@@ -257,12 +257,6 @@ def require_projector(name: str) -> None:
             f"model_type {model_type!r}, not {LlavaSPProjectorConfig.model_type!r}. To train on from a whole model or "
             "a merged adapter, pass that as model_name_or_path, without projector."
         )
-
-
-def require_all_weights(name: str, loading: dict[str, Any]) -> None:
-    """Raise a `ValueError` if Transformers has found no value for some weights, and has drawn them at random."""
-    if loading["missing_keys"]:
-        raise ValueError(f"{name!r} lacks {join_keys(sorted(loading['missing_keys']))}. Make or download it again.")
 
 
 def load_projector(model: LlavaSPForConditionalGeneration, folder: str) -> None:

@@ -37,7 +37,7 @@ from .card import CARD_NAME, Origins, find_origins, make_training_card, make_way
 from .checkpoints import staged
 from .data import ConversationDataset
 from .parts import PROJECTOR
-from .push import push_checkpoint, push_output, warn_about_base, warn_about_failures
+from .push import close_pushes, push_checkpoint, push_output, warn_about_base
 
 
 SHARDING = Path(__file__).with_name("sharding")
@@ -219,6 +219,11 @@ class LlavaSPTrainer(Trainer):
             f"{PROJECTOR}." in name for name, parameter in self.model.named_parameters() if parameter.requires_grad
         )
 
+    @property
+    def trains_vision_tower(self) -> bool:
+        """`bool`: Whether the vision tower is trained."""
+        return any(parameter.requires_grad for parameter in self.unwrapped_model.model.vision_tower.parameters())
+
     def compute_vocabulary_loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -377,7 +382,7 @@ class LlavaSPTrainer(Trainer):
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
         if self.hub_model_id is not None and self.is_world_process_zero():
-            warn_about_failures(self)
+            close_pushes(self)
 
     def create_model_card(
         self,
