@@ -1,6 +1,6 @@
 # From a bare checkout, on a machine with Python 3.10 or newer and its venv module:
 #
-#   make demo   convert the bundled miniature checkpoint, ask it a question, compare with the authors' output
+#   make demo   ask the trained tiny model that comes with the package about a picture that it has not seen
 #   make test   lint, types and the fast tests
 #
 # Each makes the environment it needs. Variables:
@@ -10,12 +10,14 @@
 #   TORCH=torch            the PyTorch to install first (your CUDA build, for example)
 #   TRANSFORMERS=5.19.0    the Transformers release to install, the newest that fits if not given
 #   JOBS=2                 test processes
+#   SEED=0                 the demo's picture
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?=
 JOBS ?= 2
+SEED ?= 0
 
 BIN := $(VENV)/bin
 # The stamps' names depend on what was asked for, so that another TORCH or TRANSFORMERS installs anew
@@ -28,7 +30,7 @@ REQUIREMENTS := $(if $(TRANSFORMERS),transformers==$(TRANSFORMERS),--upgrade tra
 .PHONY: demo test lint types test-fast test-slow test-gpu format clean
 
 demo: $(PLAIN)
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/tiny/demo.py --seed $(SEED)
 
 test: lint types test-fast
 
@@ -63,10 +65,10 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # PyTorch first and by itself: what comes after then keeps the build that is there
-$(PLAIN): pyproject.toml | $(BIN)/python
+$(PLAIN): pyproject.toml Makefile | $(BIN)/python
 	rm -f $(VENV)/.plain-* $(VENV)/.dev-*
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable . $(REQUIREMENTS)
+	$(BIN)/python -m pip install --quiet --editable ".[demo]" $(REQUIREMENTS)
 	touch $@
 
 $(DEV): $(PLAIN)

@@ -1,16 +1,23 @@
 """
-Training from nothing on a public data set, easy-VQA: pictures of one coloured shape, and questions about it.
+Training on a public data set, easy-VQA: pictures of one coloured shape, and questions about it. From the tiny model
+that comes with the package, which has seen neither these pictures nor these words:
 
-    pip install ".[train,quantization]" && pip install --no-deps easy-vqa
-    python examples/train_easy_vqa.py prepare work
-    llava-sp train work/full.yaml
+    pip install ".[train]" && pip install --no-deps easy-vqa   # and for --load-in-4bit the extra quantization
+    python examples/train_easy_vqa.py prepare work --model tiny-cropping
+    python examples/train_easy_vqa.py evaluate tiny-cropping
     llava-sp train work/lora.yaml
     llava-sp merge work/adapter work/merged
     python examples/train_easy_vqa.py evaluate work/merged
 
-`prepare` writes the data in LLaVA's format, a tiny model with random weights, and two recipes: for training all but
-the vision tower, and for LoRA on the result. `evaluate` prints, for each type of question, how many answers are right,
-beside the blind baseline: the most frequent answer that the training data have to that question.
+And from nothing, the language model with random weights as well as the vision tower, which is not trained:
+
+    python examples/train_easy_vqa.py prepare work
+    llava-sp train work/full.yaml
+    llava-sp train work/lora.yaml
+
+`prepare` writes the data in LLaVA's format, and recipes: for all but the vision tower, and for LoRA. `evaluate`
+prints, for each type of question, how many answers are right, beside the blind baseline: the most frequent answer that
+the training data have to that question.
 """
 
 import argparse
@@ -22,37 +29,30 @@ from typing import NamedTuple
 import easy_vqa
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     BitsAndBytesConfig,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     set_seed,
 )
 
-from transformers_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProcessor
+from transformers_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProcessor, tiny_model_path
+from transformers_llava_sp.tiny_models import resolve_model_name
 from transformers_llava_sp.training.train import UNQUANTIZED_MODULES
 
 
-# Without a system prompt, and with marks around the answers, by which training finds what to learn
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ message['content'] }}{{ '\n' }}"
-    "{% else %}{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}{% endif %}"
-    "{% endfor %}"
-)
 IMAGES = Path(easy_vqa.__file__).parent / "data"
 # Both recipes: a model this small neither needs 16 bits nor fills a GPU
 COMMON = {
     "image_folder": str(IMAGES),
-    "max_length": 1024,
+    "max_length": 512,
     "bf16": False,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
@@ -86,25 +86,6 @@ def question_type(question: str, answer: str) -> str:
     return "colour, yes or no" if any(colour in question.split() for colour in COLOURS) else "shape, yes or no"
 
 
-def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the words in `texts`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<pad>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=1024,
-    )
-
-
 def write_conversations(file: Path, questions: list[str], answers: list[str], images: list[str]) -> None:
     """Write LLaVA's JSON: for each image, one conversation of all questions about it, in an order drawn by lot."""
     by_image = defaultdict(list)
@@ -122,12 +103,12 @@ def write_conversations(file: Path, questions: list[str], answers: list[str], im
     file.write_text(json.dumps(records))
 
 
-def write_recipes(folder: Path, seed: int) -> None:
-    """Write what `llava-sp train` reads: training all but the vision tower, and LoRA on the result."""
+def write_recipes(folder: Path, model: str | None, seed: int) -> None:
+    """Write what `llava-sp train` reads: for all but the vision tower, and for LoRA, on `model` or on the former."""
     common = {"train_data": str(folder / "train.json"), "eval_data": str(folder / "test.json"), **COMMON, "seed": seed}
     full = {
         "method": "full",
-        "model_name_or_path": str(folder / "model"),
+        "model_name_or_path": model or str(folder / "model"),
         "output_dir": str(folder / "trained"),
         "learning_rate": 2e-3,
         "num_train_epochs": 4,
@@ -136,7 +117,7 @@ def write_recipes(folder: Path, seed: int) -> None:
         "method": "lora",
         "lora_r": 16,
         "lora_alpha": 32,
-        "model_name_or_path": str(folder / "trained"),
+        "model_name_or_path": model or str(folder / "trained"),
         "output_dir": str(folder / "adapter"),
         "learning_rate": 1e-3,
         "num_train_epochs": 2,
@@ -145,17 +126,22 @@ def write_recipes(folder: Path, seed: int) -> None:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**common, **recipe}, sort_keys=False))
 
 
-def prepare(folder: Path, spatial_variant: str, seed: int) -> None:
-    """Write the data, a tiny model with random weights, and recipes."""
+def prepare(folder: Path, model: str | None = None, spatial_variant: str | None = None, seed: int = 0) -> None:
+    """Write the data, recipes and, unless there is a model to start from, a tiny one with random weights."""
     set_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    write_recipes(folder, seed)
+    write_recipes(folder, model, seed)
     questions, answers, ids = easy_vqa.get_train_questions()
     write_conversations(folder / "train.json", questions, answers, [f"train/images/{number}.png" for number in ids])
     test_questions, test_answers, test_ids = easy_vqa.get_test_questions()
     test_images = [f"test/images/{number}.png" for number in test_ids]
     write_conversations(folder / "test.json", test_questions, test_answers, test_images)
+    if model is None:
+        make_model(folder, spatial_variant or "cropping")
 
+
+def make_model(folder: Path, spatial_variant: str) -> None:
+    """Write a model with random weights. Its tokenizer is that of the tiny models, which can spell any word."""
     vision_config = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -167,7 +153,7 @@ def prepare(folder: Path, spatial_variant: str, seed: int) -> None:
     CLIPVisionModel(vision_config).save_pretrained(folder / "tower")
     size = {"height": 64, "width": 64}
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder / "tower")
-    tokenizer = make_tokenizer(questions + answers)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path())
     tokenizer.save_pretrained(folder / "language-model")
     text_config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -204,6 +190,7 @@ def answer_all(
     quantization = None
     if load_in_4bit:
         quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=UNQUANTIZED_MODULES)
+    name = resolve_model_name(name)
     model = AutoModelForImageTextToText.from_pretrained(name, quantization_config=quantization).eval()
     processor = AutoProcessor.from_pretrained(name)
     found = []
@@ -261,19 +248,22 @@ def evaluate(name: str, load_in_4bit: bool, answers_file: Path | None, others: l
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    prepare_parser = commands.add_parser("prepare", help="write the data and a model to train")
+    prepare_parser = commands.add_parser("prepare", help="write the data, recipes and, from nothing, a model")
     prepare_parser.add_argument("folder", type=Path, help="the folder to write to")
-    prepare_parser.add_argument("--spatial-variant", default="cropping", choices=("cropping", "pooling"))
+    prepare_parser.add_argument("--model", help="a model to start from, such as tiny-cropping, and not from nothing")
+    prepare_parser.add_argument("--spatial-variant", choices=("cropping", "pooling"), help="cropping if not given")
     prepare_parser.add_argument("--seed", type=int, default=0)
     evaluate_parser = commands.add_parser("evaluate", help="print a model's exact match for each type of question")
-    evaluate_parser.add_argument("model", help="a model or an adapter: a folder")
+    evaluate_parser.add_argument("model", help="a model or an adapter: a folder, or tiny-cropping")
     evaluate_parser.add_argument("--load-in-4bit", action="store_true", help="quantize the language model")
     evaluate_parser.add_argument("--answers", type=Path, help="a file to write the answers to")
     evaluate_parser.add_argument(
         "--compare", type=Path, nargs="*", default=[], help="files of answers to compare these with"
     )
     arguments = parser.parse_args()
+    if arguments.command == "prepare" and arguments.model is not None and arguments.spatial_variant is not None:
+        parser.error("--spatial-variant is for a model from nothing: the model that --model names has one")
     if arguments.command == "prepare":
-        prepare(arguments.folder, arguments.spatial_variant, arguments.seed)
+        prepare(arguments.folder, arguments.model, arguments.spatial_variant, arguments.seed)
     else:
         evaluate(arguments.model, arguments.load_in_4bit, arguments.answers, arguments.compare)

@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "train_easy_vqa.py"
 def test_colours_are_learned_from_the_image(tmp_path):
     """Of eight colours, which the question does not give away: the blind baseline is right once in eight times."""
     example = runpy.run_path(str(SCRIPT))
-    example["prepare"](tmp_path, "cropping", seed=0)
+    example["prepare"](tmp_path)
     for name in ("train", "test"):
         file = tmp_path / f"{name}.json"
         records = json.loads(file.read_text())

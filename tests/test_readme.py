@@ -120,6 +120,7 @@ def workspace(tmp_path_factory) -> Path:
     for name, photo in PHOTOS.items():
         (folder / name).symlink_to(FIXTURES / "mini-cropping" / "golden" / photo)
     (folder / "images").symlink_to(FIXTURES / "mini-cropping" / "golden")
+    (folder / "examples").symlink_to(REPOSITORY / "examples")
     (folder / "conversations.json").write_text(json.dumps(CONVERSATIONS))
     for name, save in MODELS.items():
         (folder / name).parent.mkdir(exist_ok=True)

@@ -1,15 +1,32 @@
-"""The stages by which the tiny models are made, each on a few scenes."""
+"""The tiny models that come with the package, and the stages by which they are made, each on a few scenes."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
+from typer.testing import CliRunner
+
+import transformers_llava_sp
+from transformers_llava_sp import tiny_model_path
+from transformers_llava_sp.cli import app
+from transformers_llava_sp.conversion import inspect_checkpoint
+from transformers_llava_sp.tiny_models import TINY_MODELS, resolve_model_name
 
 
-TINY = Path(__file__).parents[1] / "examples" / "tiny"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY = EXAMPLES / "tiny"
+VARIANTS = ("cropping", "pooling")
+MILLION = 10**6
+# Of examples/shapes.png
+CIRCLE = "orange"
+FROM_LEFT_TO_RIGHT = "From left to right: a black triangle, an orange circle, a cyan cross and a blue square."
 
 
 @pytest.fixture
@@ -48,3 +65,241 @@ def test_tower_and_model_are_made(scripts, tmp_path, monkeypatch):
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
     text = processor.apply_chat_template([{"role": "user", "content": "Is there a red circle?"}])
     assert len(processor.tokenizer(text)["input_ids"]) < 12
+
+
+# What comes with the package
+
+
+def test_unknown_model_is_named():
+    with pytest.raises(ValueError, match="no tiny model 'medium': expected one of cropping, pooling"):
+        tiny_model_path("medium")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tiny_model_is_whole_and_small(variant):
+    folder = Path(tiny_model_path(variant))
+    model, loading = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"))
+    assert model.config.projector_config.spatial_variant == variant
+    assert model.config.projector_config.use_detail_integrator
+    for page in ("README.md", "docs/tiny.md"):
+        assert f"{model.num_parameters() / MILLION:.2f} million parameters" in (EXAMPLES.parent / page).read_text()
+    assert model.dtype == torch.float32
+    # The package is the code
+    assert not [*folder.glob("*.py")]
+    assert not any("auto_map" in json.loads(file.read_text()) for file in folder.glob("*.json"))
+    assert {"README.md", "training_log.json", "results.json"} <= {file.name for file in folder.iterdir()}
+
+
+def test_tiny_models_add_little_to_the_package():
+    sizes = [file.stat().st_size for name in TINY_MODELS for file in Path(resolve_model_name(name)).iterdir()]
+    assert sum(sizes) <= 12 * MILLION
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_card_has_the_results(variant):
+    folder = Path(tiny_model_path(variant))
+    results = json.loads((folder / "results.json").read_text())
+    card = (folder / "README.md").read_text()
+    for scores in results.values():
+        for kind, score in scores.items():
+            row = f"| {kind} | {score['number']} | {score['blind']:.1%} | {score['exact_match']:.1%} |"
+            assert row in card
+
+
+@pytest.mark.parametrize("split", ["test", "held_out"])
+def test_document_has_the_results(split):
+    page = (EXAMPLES.parent / "docs" / "tiny.md").read_text()
+    cropping, pooling = (
+        json.loads((Path(tiny_model_path(variant)) / "results.json").read_text())[split] for variant in VARIANTS
+    )
+    assert cropping.keys() == pooling.keys()
+    rows = [
+        f"| {kind} | {score['number']} | {score['blind']:.1%} | {score['exact_match']:.1%} | "
+        f"{pooling[kind]['exact_match']:.1%} |\n"
+        for kind, score in cropping.items()
+    ]
+    assert "".join(rows) in page
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_answer_as_the_results_say(variant, monkeypatch):
+    monkeypatch.syspath_prepend(str(TINY))
+    from evaluate import BlindBaseline, average, evaluate, load, training_questions
+
+    reported = json.loads((Path(tiny_model_path(variant)) / "results.json").read_text())
+    loaded = load(f"tiny-{variant}")
+    for split in ("test", "held_out"):
+        scores, _ = evaluate(*loaded, split=split, scenes=25, baseline=BlindBaseline(training_questions(10)))
+        # A few of the scenes, so not quite the same
+        expected = reported[split]["mean, without captions"]["exact_match"]
+        assert average(scores).exact_match == pytest.approx(expected, abs=0.06)
+
+
+def test_folder_of_a_tiny_models_name_comes_first(tmp_path, monkeypatch):
+    assert Path(resolve_model_name("tiny-pooling")) == Path(tiny_model_path("pooling"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-pooling").mkdir()
+    assert resolve_model_name("tiny-pooling") == "tiny-pooling"
+    assert resolve_model_name("somebody/tiny-pooling") == "somebody/tiny-pooling"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_commands_take_its_name(variant):
+    arguments = ["ask", f"tiny-{variant}", "What colour is the circle?", "--image", str(EXAMPLES / "shapes.png")]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.stdout.strip()) == (0, CIRCLE)
+    assert inspect_checkpoint(f"tiny-{variant}").variant == variant
+
+
+def test_adapter_of_a_tiny_model_merges(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(TINY))
+    from scenes import write_llava
+
+    data = write_llava(tmp_path / "scenes", "train", 4)
+    arguments = {
+        "model_name_or_path": "tiny-pooling",
+        "train_data": data,
+        "image_folder": data.parent,
+        "output_dir": tmp_path / "adapter",
+        "lora_r": 4,
+        "max_length": 512,
+        "bf16": False,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "dataloader_num_workers": 0,
+    }
+    options = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
+    for command in (
+        ["train", "lora", *options],
+        ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--base-model", "tiny-pooling"],
+    ):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert merged.config.projector_config.spatial_variant == "pooling"
+
+
+# The examples, with what comes with the package
+
+
+def start(script: str, *arguments: str, cwd: Path | None = None) -> str:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(transformers_llava_sp.__file__).parents[1])},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def test_quickstart():
+    assert start("quickstart.py").strip() == FROM_LEFT_TO_RIGHT
+
+
+def test_batch():
+    lines = start("batch.py").splitlines()
+    assert lines == [
+        f"What colour is the circle? {CIRCLE}",
+        "How many objects are there? 4",
+        "Where is the blue square? top right",
+        "Is there a purple cross? no",
+    ]
+
+
+def test_chat():
+    lines = start("chat.py").splitlines()
+    assert lines == [
+        "How many objects are there? 4",
+        "Where is the circle? centre",
+        f"Describe the image. {FROM_LEFT_TO_RIGHT}",
+    ]
+
+
+def test_streaming():
+    assert start("streaming.py").strip() == FROM_LEFT_TO_RIGHT
+
+
+# The demo
+
+
+def test_demo_shows_picture_and_answers(tmp_path):
+    output = start("tiny/demo.py", "--seed", "3", cwd=tmp_path)
+    assert output.count("(right)") + output.count("(wrong: ") == 3
+    with Image.open(tmp_path / "build" / "demo" / "scene.png") as scene:
+        assert scene.size == (96, 96)
+    with Image.open(tmp_path / "build" / "demo" / "attention.png") as attention:
+        assert attention.width > 1000
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_demo_is_mostly_right(variant, monkeypatch):
+    monkeypatch.syspath_prepend(str(TINY))
+    from demo import count_right
+
+    assert count_right(variant, range(50)) >= 0.85
+
+
+def test_demo_has_questions_for_every_seed(monkeypatch):
+    monkeypatch.syspath_prepend(str(TINY))
+    from demo import SEEDS, make_demo
+
+    for seed in range(SEEDS):
+        _, _, questions = make_demo(seed)
+        assert len({question.kind for question in questions}) == 3
+
+
+def test_demo_draws_in_the_terminal(monkeypatch):
+    monkeypatch.syspath_prepend(str(TINY))
+    from demo import to_terminal
+
+    image = Image.new("RGB", (96, 96), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 48, 96, 96))
+    rows = to_terminal(image, columns=4).splitlines()
+    assert rows[0] == "\033[38;2;255;0;0;48;2;255;0;0m▀" * 4 + "\033[0m"
+    assert rows[1] == "\033[38;2;0;0;255;48;2;0;0;255m▀" * 4 + "\033[0m"
+    assert to_terminal(image, true_colour=False, columns=2) == "\033[38;5;196;48;5;21m▀" * 2 + "\033[0m"
+
+
+# How they are made, in full
+
+
+@pytest.mark.slow
+def test_model_is_trained_and_written_as_it_is_shipped(tmp_path):
+    sizes = ["--tower-scenes", "128", "--tower-epochs", "1", "--scenes", "32", "--test-scenes", "3"]
+    arguments = ("tiny/train_model.py", "pooling", str(tmp_path), *sizes, "--training-scenes", "100")
+    card = start(*arguments)
+    folder = tmp_path / "tiny-pooling"
+    shipped = Path(tiny_model_path("pooling"))
+    assert {file.name for file in folder.iterdir()} == {file.name for file in shipped.iterdir()}
+    config, shipped_config = (json.loads((each / "config.json").read_text()) for each in (folder, shipped))
+    config["transformers_version"] = shipped_config["transformers_version"]
+    assert config == shipped_config
+    assert f"--scenes {sizes[5]}" in card
+    log = json.loads((folder / "training_log.json").read_text())
+    assert log.keys() == {"tower", "model"}
+    results = json.loads((folder / "results.json").read_text())
+    assert results.keys() == {"validation", "test", "held_out"}
+    assert json.loads((shipped / "results.json").read_text()).keys() == results.keys()
+
+    # What is finished is not done again, and what a killed run has left is
+    made = [tmp_path / name for name in ("tower", "scenes", "pooling/start", "pooling/trained")]
+    before = [each.stat().st_ino for each in made]
+    shutil.rmtree(folder)
+    (tmp_path / "_tiny-pooling").mkdir()
+    assert start(*arguments) == card[card.index("---") :]
+    assert [each.stat().st_ino for each in made] == before
+    with pytest.raises(AssertionError, match=r"tower was made with .*: remove it, or take another folder"):
+        start(*arguments, "--seed", "1")
+
+    compare = ("--seeds", "0", "--scenes", "16", "--test-scenes", "3", "--plot", str(tmp_path / "compare.png"))
+    tables = start("tiny/compare.py", str(tmp_path), *compare)
+    assert tables.startswith("| test | blind | cropping | pooling | queries | patches |")
+    results = [json.loads(file.read_text()) for file in sorted((tmp_path / "compare").glob("*-0.json"))]
+    sizes = [result["projector_parameters"] for result in results]
+    assert len(sizes) == 4
+    assert max(sizes) <= 1.05 * min(sizes)
+    assert (tmp_path / "compare.png").stat().st_size > 0

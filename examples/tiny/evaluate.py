@@ -1,7 +1,7 @@
 """
 How many questions about scenes a model answers right, for each kind of question.
 
-    python examples/tiny/evaluate.py work/model --split test
+    python examples/tiny/evaluate.py tiny-cropping --split test
     python examples/tiny/evaluate.py work/model --split held_out --output held_out.json
 
 The blind baseline does not look: it gives the most frequent answer that this very question has in the training scenes
@@ -22,7 +22,7 @@ from scenes import QUESTIONS, SPLITS, Question, draw, make_scene
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import transformers_llava_sp  # noqa: F401  registers LLaVA-SP with Transformers
+from transformers_llava_sp.tiny_models import resolve_model_name
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,59 @@ def average(scores: Sequence[Score]) -> Score:
     )
 
 
+def load(name: str | Path, device: str = "cpu") -> tuple[Any, Any]:
+    """A model, in float32 and evaluation mode, and its processor, of a folder, a Hub id or a tiny model's name."""
+    name = resolve_model_name(str(name))
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
+    return model.to(device).eval(), AutoProcessor.from_pretrained(name)
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    split: str,
+    baseline: BlindBaseline,
+    scenes: int = 500,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> tuple[list[Score], list[dict[str, Any]]]:
+    """
+    Ask a model every question about the scenes of a split.
+
+    Args:
+        model (`PreTrainedModel`): The model, in evaluation mode.
+        processor (`ProcessorMixin`): Its processor.
+        split (`str`): A key of `SPLITS`.
+        baseline ([`BlindBaseline`]): What the model's answers are compared with.
+        scenes (`int`, *optional*, defaults to 500): How many scenes.
+        seed (`int`, *optional*, defaults to 0): The seed of those scenes.
+        batch_size (`int`, *optional*, defaults to 128): How many questions are answered at once.
+
+    Returns:
+        `tuple[list[Score], list[dict[str, Any]]]`: The score of each kind of question, and each question with its
+        scene and answers.
+    """
+    asked = []
+    for number in range(scenes):
+        scene = make_scene(split, number, seed)
+        picture = draw(scene).convert("RGB")
+        asked += [(scene.name, picture, question) for question in scene.questions]
+    names, images, questions = zip(*asked, strict=True)
+    answers = answer_all(model, processor, questions, images, batch_size, f"Answering {split}")
+    rows = [
+        {
+            "scene": name,
+            "kind": question.kind,
+            "question": question.text,
+            "right": question.answer,
+            "blind": baseline.answer(question),
+            "answer": answer,
+        }
+        for name, question, answer in zip(names, questions, answers, strict=True)
+    ]
+    return score(questions, answers, baseline), rows
+
+
 def to_markdown(scores: Sequence[Score]) -> str:
     """A table of the scores, and of their mean in its last row."""
     lines = ["| question | number | blind baseline | exact match |", "|---|---:|---:|---:|"]
@@ -186,7 +239,7 @@ def to_markdown(scores: Sequence[Score]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a model or an adapter: a folder or a Hub id")
+    parser.add_argument("model", help="a model or an adapter: a folder, a Hub id, tiny-cropping or tiny-pooling")
     parser.add_argument("--split", default="test", choices=[split for split in SPLITS if split != "train"])
     parser.add_argument("--scenes", type=int, default=500, help="how many scenes to ask about")
     parser.add_argument("--seed", type=int, default=0, help="the seed of those scenes")
@@ -197,31 +250,15 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, help="a JSON file to write each question and answer to")
     arguments = parser.parse_args()
 
-    loaded = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32)
-    loaded = loaded.to(arguments.device).eval()
     baseline = BlindBaseline(training_questions(arguments.training_scenes, arguments.training_seed))
-    scenes = [make_scene(arguments.split, index, arguments.seed) for index in range(arguments.scenes)]
-    pictures = [draw(scene).convert("RGB") for scene in scenes]
-    asked = [
-        (scene.name, picture, question)
-        for scene, picture in zip(scenes, pictures, strict=True)
-        for question in scene.questions
-    ]
-    names, images, questions = zip(*asked, strict=True)
-    answers = answer_all(
-        loaded, AutoProcessor.from_pretrained(arguments.model), questions, images, arguments.batch_size
+    scores, rows = evaluate(
+        *load(arguments.model, arguments.device),
+        split=arguments.split,
+        scenes=arguments.scenes,
+        seed=arguments.seed,
+        baseline=baseline,
+        batch_size=arguments.batch_size,
     )
-    print(to_markdown(score(questions, answers, baseline)))
+    print(to_markdown(scores))
     if arguments.output:
-        rows = [
-            {
-                "scene": name,
-                "kind": question.kind,
-                "question": question.text,
-                "right": question.answer,
-                "blind": baseline.answer(question),
-                "answer": answer,
-            }
-            for name, question, answer in zip(names, questions, answers, strict=True)
-        ]
         arguments.output.write_text(json.dumps(rows, indent=1))

@@ -29,6 +29,7 @@ from .modeling_llava_sp import (
     LlavaSPProjector,
 )
 from .processing_llava_sp import LlavaSPProcessor
+from .tiny_models import tiny_model_path
 
 
 __version__ = "0.1.0"
@@ -50,4 +51,5 @@ __all__ = [
     "LlavaSPProjector",
     "LlavaSPProjectorConfig",
     "__version__",
+    "tiny_model_path",
 ]

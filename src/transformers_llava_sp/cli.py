@@ -301,7 +301,9 @@ def train(
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint: a folder or a Hub id[@revision].")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint: a folder, a Hub id[@revision], tiny-cropping or tiny-pooling.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say what a checkpoint is, without loading its weights. The exit status is 1 if it cannot be converted."""
@@ -317,7 +319,8 @@ def inspect(
 @app.command()
 def ask(
     model_name: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A converted LLaVA-SP model: a folder or a Hub id.")
+        str,
+        typer.Argument(metavar="MODEL", help="A LLaVA-SP model: a folder, a Hub id, tiny-cropping or tiny-pooling."),
     ],
     question: Annotated[str, typer.Argument(help="What to ask.")],
     image: Annotated[
@@ -340,7 +343,9 @@ def ask(
         from transformers import AutoProcessor, TextStreamer
 
         from .conversion.checkpoint import require_llava_sp
+        from .tiny_models import resolve_model_name
 
+        model_name = resolve_model_name(model_name)
         require_llava_sp(model_name)
         processor = AutoProcessor.from_pretrained(model_name)
         content = [{"type": "image", "image": source} for source in image or []] + [{"type": "text", "text": question}]
@@ -362,7 +367,8 @@ def ask(
 @app.command()
 def explain(
     model_name: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A converted LLaVA-SP model: a folder or a Hub id.")
+        str,
+        typer.Argument(metavar="MODEL", help="A LLaVA-SP model: a folder, a Hub id, tiny-cropping or tiny-pooling."),
     ],
     image: Annotated[str, typer.Argument(help="The image: a file or a URL.")],
     output: Annotated[Path, typer.Option(help="The picture to write, ending in .png, .pdf or .svg.")],
@@ -380,6 +386,7 @@ def explain(
         from transformers import AutoProcessor
 
         from .conversion.checkpoint import require_llava_sp
+        from .tiny_models import resolve_model_name
         from .visualization import check_output, draw, load_rgb_image, require_matplotlib, save_figure
         from .visualization import explain as explain_image
 
@@ -388,6 +395,7 @@ def explain(
         check_output(output)
         if output.exists() and os.path.exists(image) and output.samefile(image):
             raise ValueError(f"The output {output} is the image itself: choose another.")
+        model_name = resolve_model_name(model_name)
         require_llava_sp(model_name)
         processor = AutoProcessor.from_pretrained(model_name)
         loaded = load_rgb_image(processor, image)

@@ -31,6 +31,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from ..configuration_llava_sp import LlavaSPConfig
+from ..tiny_models import resolve_model_name
 
 
 # Everything but the weights, which a repository may hold in two formats. The authors' projector has one only.
@@ -134,7 +135,8 @@ def resolve_source(source: str | Path, role: str, *, weights: bool = True, advic
     The folder of a checkpoint, downloaded first if it is named by its Hub id.
 
     Args:
-        source (`str` or `Path`): A local folder or a Hub id, which `@` and a branch, tag or commit may follow.
+        source (`str` or `Path`): A local folder, the name of a tiny model, or a Hub id, which `@` and a branch, tag or
+            commit may follow.
         role (`str`): What the folder holds, for error messages.
         weights (`bool`, *optional*, defaults to `True`): Whether the weights are needed as well.
         advice (`str`, *optional*): A sentence for error messages.
@@ -146,7 +148,7 @@ def resolve_source(source: str | Path, role: str, *, weights: bool = True, advic
         ConversionError: If there is no such folder, or the download fails.
     """
     advice = advice and f" {advice}"
-    folder = Path(source).expanduser()
+    folder = Path(resolve_model_name(str(source))).expanduser()
     if folder.is_dir():
         return SourceFolder(role, Path(os.path.abspath(folder)).name, folder)
     if folder.exists():

@@ -41,6 +41,7 @@ from ..conversion.checkpoint import find_model_type, join_keys, require_all_weig
 from ..conversion.export import architecture_differences
 from ..modeling_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProjector
 from ..processing_llava_sp import LlavaSPProcessor, vicuna_v1_chat_template
+from ..tiny_models import resolve_model_name
 from .card import DataSummary, find_origins, summarize_data
 from .checkpoints import clear_staging, find_problem, newest_checkpoint
 from .collator import LlavaSPDataCollator
@@ -65,7 +66,9 @@ UNQUANTIZED_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_
 class ModelArguments:
     """What is trained, and how much of it."""
 
-    model_name_or_path: str = field(metadata={"help": "A converted or created LLaVA-SP model: a folder or a Hub id."})
+    model_name_or_path: str = field(
+        metadata={"help": "A converted or created LLaVA-SP model: a folder, a Hub id, tiny-cropping or tiny-pooling."}
+    )
     method: str = field(
         default="lora",
         metadata={"help": "What is trained: the projector; lora and the projector; or full, all but the tower."},
@@ -303,6 +306,7 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> LlavaSPTrainer:
     """
     require_extra()
     model_arguments, data_arguments, training_arguments = read_recipe(recipe, overrides)
+    model_arguments.model_name_or_path = resolve_model_name(model_arguments.model_name_or_path)
     checkpoint = find_checkpoint(training_arguments)
     check_output(Path(training_arguments.output_dir), model_arguments.method)
     if checkpoint is None:

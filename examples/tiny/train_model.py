@@ -1,0 +1,233 @@
+"""
+A tiny model from nothing, as it comes with the package:
+
+    python examples/tiny/train_model.py cropping work/tiny
+
+draws scenes, trains a vision tower, makes a model around it, trains that by `llava-sp train` with the recipe beside
+this file, asks it about three splits, and writes it to `work/tiny/tiny-cropping` with a card, the log of its training
+and its results. What an earlier run has finished is not done again; both variants share tower and scenes.
+
+    python examples/tiny/train_model.py pooling work/trial --scenes 2000 --tower-scenes 2000
+
+does the same with little of everything. Both need the extra `train`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from evaluate import BlindBaseline, average, evaluate, load, to_markdown, training_questions
+from huggingface_hub import ModelCard
+
+
+HERE = Path(__file__).parent
+SPLITS = ("validation", "test", "held_out")
+# Left out of what is shipped: the model's code, which the package is itself, where configurations name it, and what
+# else a training leaves
+UNSHIPPED = ("*.py", "*.bin", "trainer_state.json", "README.md")
+AUTO_MAP = "auto_map"
+# Of what Trainer logs, what tells how the training went
+LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "train_runtime")
+
+CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+license: apache-2.0
+language: en
+tags: [llava-sp]
+---
+
+# {{ name }}
+
+A LLaVA-SP of {{ parameters }} parameters, to try things on: for tests, examples and a first look. Its spatial tokens
+are made by {{ variant }}. It has been trained from nothing on pictures of 96 x 96 pixels with one to four coloured
+shapes, and answers questions about them: colours, shapes, numbers and places. It knows nothing else. Other pictures
+are resized to that size, and what it says about them means nothing.
+
+```python
+from transformers import pipeline
+from transformers_llava_sp import tiny_model_path
+
+pipe = pipeline("image-text-to-text", model=tiny_model_path("{{ variant }}"))
+```
+
+## What it can do
+
+Exact match of greedy answers, each to a question by itself. *Blind baseline*: the most frequent answer to that very
+question in the first {{ known }} training scenes, or to its kind of question where there is none. *held_out*: scenes
+and questions about what training has never shown, four pairs of a colour and a shape, three triangles and three purple
+objects.
+{% for split, scores in tables.items() %}
+### {{ split }}, {{ test_scenes }} scenes
+
+{{ scores }}
+{% endfor %}
+`results.json` has these numbers; `python examples/tiny/evaluate.py {{ name }} --split test` gives them again.
+
+## How it was made
+
+    {{ command }}
+
+with seed {{ seed }}: at first a CLIP vision tower, on {{ tower_scenes }} scenes {{ tower_epochs }} times, to tell what
+lies where patch by patch, the heads for which were dropped; then, around it, projector and language model, on
+{{ scenes }} scenes with about nine questions each. Transformers {{ transformers }}, PyTorch {{ torch }},
+{{ device }}. `training_log.json` has the course of it.
+"""
+
+
+def once(output: Path, make: Callable[[Path], None], **options: Any) -> Path:
+    """
+    Make a file or a folder, unless an earlier run has finished it. It gets its name when it is whole.
+
+    Args:
+        output (`Path`): The file or folder.
+        make (`Callable`): Makes it, where it is told to.
+        options (*optional*): What it depends on. Noted beside it; one that was made with others is refused.
+    """
+    note = output.with_name(f"{output.name}.options.json")
+    if output.exists():
+        before = json.loads(note.read_text())
+        if before != options:
+            raise SystemExit(
+                f"{output} was made with {before}, and now it is {options}: remove it, or take another folder."
+            )
+        return output
+    unfinished = output.with_name(f"_{output.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    make(unfinished)
+    note.write_text(json.dumps(options) + "\n")
+    unfinished.rename(output)
+    return output
+
+
+def run(output: Path, *arguments: Any, **options: Any) -> None:
+    """
+    Run a script with this Python to make a folder, unless it exists, and print the command.
+
+    Args:
+        output (`Path`): The folder.
+        arguments: The script and its arguments, among them the folder.
+        options (*optional*): As of [`once`]; they are passed on, too.
+    """
+
+    def make(unfinished: Path) -> None:
+        command = [str(unfinished if argument == output else argument) for argument in arguments]
+        command += [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        print("+ python", " ".join(command), flush=True)
+        # Small matrices: more threads would only wait for each other
+        subprocess.run([sys.executable, *command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    once(output, make, **options)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """What a training has logged."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [
+        {key: value for key, value in entry.items() if key in LOGGED or key.startswith("eval_")} for entry in history
+    ]
+
+
+def evaluate_splits(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The scores of a model on each split."""
+    baseline = BlindBaseline(training_questions(arguments.training_scenes))
+    loaded = load(model)
+    return {
+        split: evaluate(*loaded, split=split, scenes=arguments.test_scenes, baseline=baseline)[0] for split in SPLITS
+    }
+
+
+def write_release(output: Path, model: Path, logs: dict[str, Path], arguments: argparse.Namespace) -> None:
+    """Write what is shipped: model and processor without code, the card, the log and the results."""
+    results = evaluate_splits(model, arguments)
+    shutil.copytree(model, output, ignore=shutil.ignore_patterns(*UNSHIPPED))
+    # Saved for the owner alone
+    (output / "model.safetensors").chmod(0o644)
+    for file in output.glob("*config.json"):
+        settings = json.loads(file.read_text())
+        if settings.pop(AUTO_MAP, None) is not None:
+            file.write_text(json.dumps(settings, indent=2) + "\n")
+    log = {stage: read_log(folder) for stage, folder in logs.items()}
+    (output / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
+    shares = {
+        split: {
+            score.kind: {"number": score.number, "blind": score.blind, "exact_match": score.exact_match}
+            for score in (*scores, average(scores))
+        }
+        for split, scores in results.items()
+    }
+    (output / "results.json").write_text(json.dumps(shares, indent=1) + "\n")
+    name = f"tiny-{arguments.variant}"
+    accelerator = torch.accelerator.current_accelerator()
+    card = ModelCard.from_template(
+        card_data=ModelCard(CARD).data,
+        template_str=CARD,
+        name=name,
+        variant=arguments.variant,
+        parameters=f"{load(model)[0].num_parameters():,}",
+        known=f"{arguments.training_scenes:,}",
+        test_scenes=f"{arguments.test_scenes:,}",
+        tables={split: to_markdown(scores) for split, scores in results.items()},
+        command=(
+            f"python examples/tiny/train_model.py {arguments.variant} work/tiny --seed {arguments.seed} "
+            f"--tower-scenes {arguments.tower_scenes} --tower-epochs {arguments.tower_epochs} "
+            f"--scenes {arguments.scenes} --test-scenes {arguments.test_scenes} "
+            f"--training-scenes {arguments.training_scenes}"
+        ),
+        seed=arguments.seed,
+        tower_scenes=f"{arguments.tower_scenes:,}",
+        tower_epochs=f"{arguments.tower_epochs:g}",
+        scenes=f"{arguments.scenes:,}",
+        transformers=transformers.__version__,
+        torch=torch.__version__,
+        device=accelerator.type if accelerator else f"one thread of a CPU ({platform.machine()})",
+    )
+    (output / "README.md").write_text(str(card).rstrip() + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variant", choices=("cropping", "pooling"))
+    parser.add_argument("output", type=Path, help="the folder to work in")
+    parser.add_argument("--tower-scenes", type=int, default=30_000)
+    parser.add_argument("--tower-epochs", type=float, default=6)
+    parser.add_argument("--scenes", type=int, default=120_000, help="to train the model on")
+    parser.add_argument("--test-scenes", type=int, default=500, help="of each split")
+    parser.add_argument("--training-scenes", type=int, default=30_000, help="how many the blind baseline knows")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    if min(arguments.tower_scenes, arguments.scenes, arguments.test_scenes, arguments.training_scenes) < 1:
+        parser.error("at least one scene is needed of each kind")
+    work, seed = arguments.output, arguments.seed
+    tower, own = work / "tower", work / arguments.variant
+    own.mkdir(parents=True, exist_ok=True)
+    size = {"scenes": arguments.tower_scenes, "epochs": arguments.tower_epochs}
+    run(tower, HERE / "train_tower.py", tower, **size, seed=seed)
+    model, data, trained = own / "start", work / "scenes", own / "trained"
+    run(model, HERE / "make_model.py", tower, model, spatial_variant=arguments.variant, seed=seed)
+    run(data, HERE / "scenes.py", data, split="train", scenes=arguments.scenes)
+    train = ("-m", "transformers_llava_sp.cli", "train", HERE / "train.yaml")
+    source = ("--model_name_or_path", model, "--train_data", data / "train.json", "--image_folder", data)
+    run(trained, *train, *source, "--output_dir", trained, seed=seed)
+    logs = {"tower": tower, "model": trained}
+    release = once(
+        work / f"tiny-{arguments.variant}",
+        lambda folder: write_release(folder, trained, logs, arguments),
+        test_scenes=arguments.test_scenes,
+        training_scenes=arguments.training_scenes,
+    )
+    print((release / "README.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
