@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="the folder to work in")
     parser.add_argument("--tower-scenes", type=int, default=30_000)
     parser.add_argument("--tower-epochs", type=float, default=6)
-    parser.add_argument("--scenes", type=int, default=120_000, help="to train the model on")
+    parser.add_argument("--scenes", type=int, default=160_000, help="to train the model on")
     parser.add_argument("--test-scenes", type=int, default=500, help="of each split")
     parser.add_argument("--training-scenes", type=int, default=30_000, help="how many the blind baseline knows")
     parser.add_argument("--seed", type=int, default=0)
