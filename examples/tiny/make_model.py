@@ -6,6 +6,7 @@ weights.
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import scenes
@@ -26,6 +27,7 @@ CHAT_TEMPLATE = (
 )
 VOCABULARY_SIZE = 400
 CONTEXT = 512  # tokens
+SPATIAL_HIDDEN_SIZE = 24
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -50,44 +52,50 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
+def make_language_model(folder: Path, hidden_size: int = 96, num_layers: int = 4, seed: int = 0) -> None:
+    """Write a language model with random weights, and its tokenizer."""
+    set_seed(seed)
+    questions = training_questions(5_000)
+    tokenizer = make_tokenizer([text for question in questions for text in (question.text, question.answer)])
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=8 * hidden_size // 3,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        # The usual 0.02 is meant for widths of thousands: from there a narrow model learns more slowly
+        initializer_range=hidden_size**-0.5,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tower", type=Path, help="what train_tower.py has written")
     parser.add_argument("output", type=Path, help="the folder to write the model to")
     parser.add_argument("--spatial-variant", default="cropping", choices=("cropping", "pooling"))
     parser.add_argument("--hidden-size", type=int, default=96, help="the language model's width")
-    parser.add_argument("--layers", type=int, default=3, help="of the language model")
-    parser.add_argument("--spatial-hidden-size", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=4, help="of the language model")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    set_seed(arguments.seed)
-    questions = training_questions(5_000)
-    tokenizer = make_tokenizer([text for question in questions for text in (question.text, question.answer)])
-    language_model = arguments.output / "language-model"
-    tokenizer.save_pretrained(language_model)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=arguments.hidden_size,
-        intermediate_size=8 * arguments.hidden_size // 3,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(language_model)
-    parts = arguments.tower, language_model
-    model = LlavaSPForConditionalGeneration.from_vision_text_pretrained(
-        *parts,
-        spatial_variant=arguments.spatial_variant,
-        spatial_hidden_size=arguments.spatial_hidden_size,
-        dtype=torch.float32,
-    )
-    model.save_pretrained(arguments.output)
-    LlavaSPProcessor.from_vision_text_pretrained(*parts, model.config).save_pretrained(arguments.output)
+    with tempfile.TemporaryDirectory() as folder:
+        parts = arguments.tower, Path(folder)
+        make_language_model(parts[1], arguments.hidden_size, arguments.layers, arguments.seed)
+        model = LlavaSPForConditionalGeneration.from_vision_text_pretrained(
+            *parts,
+            spatial_variant=arguments.spatial_variant,
+            spatial_hidden_size=SPATIAL_HIDDEN_SIZE,
+            dtype=torch.float32,
+        )
+        model.save_pretrained(arguments.output)
+        LlavaSPProcessor.from_vision_text_pretrained(*parts, model.config).save_pretrained(arguments.output)
     print(f"{arguments.output} has {model.num_parameters():,} parameters, for images of {scenes.SIZE} pixels.")
 
 

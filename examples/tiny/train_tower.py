@@ -1,11 +1,12 @@
 """
 The first stage of the tiny models: a vision tower that tells shapes and colours apart, patch by patch.
 
-    python examples/tiny/train_tower.py TOWER
+    python examples/tiny/train_tower.py TOWER   # needs the extra train
 
-A linear layer on each patch's features names the shape and the colour that lie there, or that nothing does. It is
-dropped afterwards. Without this stage, trained through a language model alone, a tower this small learns colours, but
-not shapes.
+A linear layer on each patch's features names the shape and the colour that lie there, or that nothing does; whether it
+is the middle of a thing; and the row and the column that the patch is in. It is dropped afterwards. Without this
+stage, trained through a language model alone, a tower this small learns colours, but not shapes; and without the rows
+and columns it forgets where a patch is, which shapes and colours do not depend on.
 """
 
 import argparse
@@ -32,10 +33,18 @@ CONFIG = CLIPVisionConfig(
 FEATURE_LAYER = -2
 VALIDATION_SCENES = 500
 GRID = CONFIG.image_size // CONFIG.patch_size
+# How many classes of each kind a patch can be of
+CLASSES = {
+    "shape": 1 + len(scenes.SHAPES),
+    "colour": 1 + len(scenes.COLOURS),
+    "middle": 2,
+    "row": GRID,
+    "column": GRID,
+}
 
 
 class PatchDataset(Dataset):
-    """Scenes of a split, each with the shape and the colour of every patch, 0 where nothing lies."""
+    """Scenes of a split, each with the classes of every patch."""
 
     def __init__(self, split: str, num_scenes: int, processor: CLIPImageProcessor):
         self.split, self.num_scenes, self.processor = split, num_scenes, processor
@@ -46,8 +55,17 @@ class PatchDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = scenes.make_scene(self.split, index)
         pixel_values = self.processor(scenes.draw(scene), return_tensors="pt")["pixel_values"][0]
-        shapes, colours = scenes.label_patches(scene, GRID)
-        return {"pixel_values": pixel_values, "labels": torch.tensor([shapes, colours]).flatten(1)}
+        return {"pixel_values": pixel_values, "labels": label_patches(scene)}
+
+
+def label_patches(scene: scenes.Scene) -> torch.Tensor:
+    """The classes of the patches of a scene, of shape `(kinds of classes, patches)`, in the order of `CLASSES`."""
+    shapes, colours = scenes.label_patches(scene, GRID)
+    middles = torch.zeros(GRID, GRID, dtype=torch.long)
+    for thing in scene.things:
+        middles[thing.y * GRID // scenes.SIZE, thing.x * GRID // scenes.SIZE] = 1
+    rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    return torch.stack([torch.tensor(shapes), torch.tensor(colours), middles, rows, columns]).flatten(1)
 
 
 class PatchClassifier(nn.Module):
@@ -56,34 +74,34 @@ class PatchClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.vision_tower = CLIPVisionModel(CONFIG)
-        self.num_classes = (1 + len(scenes.SHAPES), 1 + len(scenes.COLOURS))
-        self.head = nn.Linear(CONFIG.hidden_size, sum(self.num_classes))
+        self.head = nn.Linear(CONFIG.hidden_size, sum(CLASSES.values()))
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`labels` of shape `(batch, 2, patches)`; logits of shape `(batch, patches, classes)`, shapes' first."""
+        """`labels` of shape `(batch, kinds of classes, patches)`; logits of shape `(batch, patches, all classes)`."""
         output = self.vision_tower(pixel_values, output_hidden_states=True)
         logits = self.head(output.hidden_states[FEATURE_LAYER][:, 1:])
         losses = [
             nn.functional.cross_entropy(part.flatten(0, 1), label.flatten())
-            for part, label in zip(logits.split(self.num_classes, dim=-1), labels.unbind(1), strict=True)
+            for part, label in zip(logits.split([*CLASSES.values()], dim=-1), labels.unbind(1), strict=True)
         ]
         return {"loss": sum(losses), "logits": logits}
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
-    """The share of patches with something on them whose shape, and whose colour, is right."""
-    shapes, colours = np.split(prediction.predictions, [1 + len(scenes.SHAPES)], axis=-1)
-    found = np.stack([shapes.argmax(-1), colours.argmax(-1)], axis=1)
-    right = found == prediction.label_ids
-    covered = prediction.label_ids[:, 0] > 0
-    return {"shape": right[:, 0][covered].mean(), "colour": right[:, 1][covered].mean(), "all": right.mean()}
+    """Of each kind of class, the share of right ones among the patches with something on them, or the middles."""
+    parts = np.split(prediction.predictions, np.cumsum([*CLASSES.values()])[:-1], axis=-1)
+    shares = {}
+    for number, (kind, logits) in enumerate(zip(CLASSES, parts, strict=True)):
+        counted = prediction.label_ids[:, list(CLASSES).index("middle" if kind == "middle" else "shape")] > 0
+        shares[kind] = (logits.argmax(-1) == prediction.label_ids[:, number])[counted].mean()
+    return shares
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="the folder to write the tower to")
     parser.add_argument("--scenes", type=int, default=30_000, help="how many to train on")
-    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw")
     parser.add_argument("--seed", type=int, default=0)
