@@ -30,10 +30,10 @@ import scenes  # noqa: E402
 SPLITS = ("train", "validation", "test", "held_out")
 # Of the pictures and texts of the first 50 scenes of each split
 DIGESTS = {
-    "train": "784806dd29f93a75bfb4d822718df77302d23d865afdfe29bfa3d5b609021ab4",
-    "validation": "a4623c5c4e8a4b0a1de7ac4aed769e451addff6be66e0ce30de208114c888299",
-    "test": "66590459e24b9786858648ab3d24df8c2d864a1ff4015a6330a4e1d64a8c2549",
-    "held_out": "387bb8d03a75aa6300f0d9a00d09f53aea7b491f4fcc3ec424d8c504d1d6d29d",
+    "train": "8921ba3bcc16c331a974ce44c31d16984d5cd7e309bd2a70d70334d66e495611",
+    "validation": "032973966ebca549b5af268229a2858fecef0b6f1ea5ed266c534f67c8f2c0f5",
+    "test": "a93cc2b5a7ef19c7b5b762a7d5a664ada011f67914eaa3646217a3a7ac80209f",
+    "held_out": "e1ab37c02b7897386f018835dd654a39f36e14a954ad6be505ed37a11a981b03",
 }
 Seen = namedtuple("Seen", "colour shape x y")
 
@@ -273,6 +273,23 @@ def test_answers_are_balanced(some):
     assert min(numbers["existence"], numbers["yes/no relation"]) > 1.4 * max(
         number for kind, number in numbers.items() if kind not in ("existence", "yes/no relation", "count")
     )
+
+
+def test_training_asks_for_one_direction_more_than_for_others(some):
+    shares = {}
+    for split in ("train", "test"):
+        texts = [
+            question.text
+            for scene in some[split]
+            for question in scene.questions
+            if question.kind == "yes/no relation"
+        ]
+        shares[split] = {
+            direction: sum(f" {direction} " in text for text in texts) / len(texts) for direction in scenes.DIRECTIONS
+        }
+    assert shares["train"]["left of"] > 0.4
+    assert shares["train"]["above"] > 0.2
+    assert all(abs(share - 0.25) < 0.06 for share in shares["test"].values())
 
 
 def test_blind_baseline_is_low(some):

@@ -57,6 +57,8 @@ TRAINING_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
 # The first scene of each split; each seed takes the next million of its numbers
 SPLITS = {"train": 0, "validation": 10**9, "test": 2 * 10**9, "held_out": 3 * 10**9}
 SEEDS, SCENES_PER_SEED = 1000, 10**6
+# Beyond all of those
+QUESTION_SEED = 10**12
 
 # How many questions of each kind a scene gets where it has that many. Those answered by yes or no teach less each
 QUESTIONS = {
@@ -104,6 +106,10 @@ ANSWER_WEIGHTS = {
     ("count", "4"): 20,
     ("where", "centre"): 0.5,
 }
+
+# How often training asks by yes or no for one direction rather than another. With all alike, neither thing's place
+# alone says more often "yes" than "no", so no first step leads anywhere, and a small model never starts to learn
+TRAINING_DIRECTION_WEIGHTS = {"left of": 4, "right of": 1, "above": 2, "below": 1}
 
 # Along which axis, and towards which side
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
@@ -240,8 +246,10 @@ def make_scene(split: str, index: int, seed: int = 0) -> Scene:
         index (`int`): The scene's number in the split, from 0.
         seed (`int`, *optional*, defaults to 0): Other seeds give other scenes.
     """
-    # From an integer, Python draws the same numbers everywhere
-    random = Random(scene_seed(split, index, seed))
+    # From an integer, Python draws the same numbers everywhere. The picture's are not the questions', so that other
+    # questions leave the pictures as they are
+    number = scene_seed(split, index, seed)
+    random, asking = Random(number), Random(QUESTION_SEED + number)
     held_out = split == "held_out"
     things: tuple[Thing, ...] = ()
     questions: tuple[Question, ...] = ()
@@ -249,7 +257,7 @@ def make_scene(split: str, index: int, seed: int = 0) -> Scene:
         pairs = draw_pairs(random, held_out)
         if has_held_out(pairs) == held_out:
             things = place(random, pairs) or ()
-            questions = draw_questions(random, things, held_out) if things else ()
+            questions = draw_questions(asking, things, split) if things else ()
     shade = random.randint(232, 246)
     background = tuple(shade + random.randint(-7, 7) for _ in range(3))
     return Scene(f"{split}-{seed}-{index:06d}", background, things, questions)
@@ -441,15 +449,17 @@ def find_candidates(kind: str, random: Random, things: tuple[Thing, ...], held_o
     return [candidate for candidate in found if candidate.held_out == held_out]
 
 
-def draw_questions(random: Random, things: tuple[Thing, ...], held_out: bool) -> tuple[Question, ...]:
+def draw_questions(random: Random, things: tuple[Thing, ...], split: str) -> tuple[Question, ...]:
     """
     Questions about a scene, as many of each kind as `QUESTIONS` has, less where there are no more with a clear answer.
 
     Args:
         random (`Random`): The scene's random numbers.
         things (`tuple[Thing, ...]`): What is in the scene, from left to right.
-        held_out (`bool`): Whether to ask only about what no other split has, or only about all else.
+        split (`str`): A key of `SPLITS`: `"held_out"` asks only about what no other split has, others about all else.
     """
+    held_out = split == "held_out"
+    direction_weights = TRAINING_DIRECTION_WEIGHTS if split == "train" else dict.fromkeys(DIRECTIONS, 1)
     questions = []
     for kind, number in QUESTIONS.items():
         topics: set[tuple] = set()
@@ -467,7 +477,11 @@ def draw_questions(random: Random, things: tuple[Thing, ...], held_out: bool) ->
                 continue
             weights = [ANSWER_WEIGHTS.get((kind, answer), 1) for answer in answers]
             answer = random.choices(answers, weights)[0]
-            candidate = random.choice([candidate for candidate in candidates if candidate.answer == answer])
+            candidates = [candidate for candidate in candidates if candidate.answer == answer]
+            weights = [1] * len(candidates)
+            if kind == "yes/no relation":
+                weights = [direction_weights[candidate.words["direction"]] for candidate in candidates]
+            candidate = random.choices(candidates, weights)[0]
             topics.add(candidate.topic)
             questions.append(Question(kind, random.choice(PHRASES[kind]).format(**candidate.words), answer))
     return tuple(questions)
