@@ -107,8 +107,8 @@ ANSWER_WEIGHTS = {
     ("where", "centre"): 0.5,
 }
 
-# How often training asks by yes or no for one direction rather than another. With all alike, neither thing's place alone
-# says more often "yes" than "no", so no first step leads anywhere, and a small model never starts to learn
+# How often training asks by yes or no for one direction rather than another. With all alike, neither thing's place
+# alone says more often "yes" than "no", so no first step leads anywhere, and a small model never starts to learn
 TRAINING_DIRECTION_WEIGHTS = {"left of": 4, "right of": 1, "above": 2, "below": 1}
 
 # Along which axis, and towards which side
