@@ -628,7 +628,7 @@ def wrong_sources(workspace, tmp_path_factory):
         ("projector", "model", "is not a projector by itself"),
         ("projector", "adapter", "is not a projector by itself"),
         ("projector", "pooling-projector", "they differ in 'spatial_variant'"),
-        ("projector", "incomplete-projector", "not all weights in the shapes"),
+        ("projector", "incomplete-projector", "implies: 'detail_feature_integrator.query_proj.weight'"),
     ],
     ids=lambda value: value if " " not in value else "",
 )
