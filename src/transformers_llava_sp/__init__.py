@@ -13,34 +13,26 @@
 # limitations under the License.
 """LLaVA-SP for Hugging Face Transformers. Importing the package registers its classes with the Auto classes."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .configuration_llava_sp import LlavaSPConfig, LlavaSPProjectorConfig
-from .modeling_llava_sp import (
-    LlavaSPForConditionalGeneration,
-    LlavaSPModel,
-    LlavaSPPreTrainedModel,
-    LlavaSPProjector,
-)
-from .processing_llava_sp import LlavaSPProcessor
+from .registration import register
 from .tiny_models import tiny_model_path
 
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .configuration_llava_sp import LlavaSPConfig, LlavaSPProjectorConfig
+    from .modeling_llava_sp import (
+        LlavaSPForConditionalGeneration,
+        LlavaSPModel,
+        LlavaSPPreTrainedModel,
+        LlavaSPProjector,
+    )
+    from .processing_llava_sp import LlavaSPProcessor
 
-AutoConfig.register(LlavaSPConfig.model_type, LlavaSPConfig, exist_ok=True)
-AutoConfig.register(LlavaSPProjectorConfig.model_type, LlavaSPProjectorConfig, exist_ok=True)
-AutoModel.register(LlavaSPConfig, LlavaSPModel, exist_ok=True)
-AutoModel.register(LlavaSPProjectorConfig, LlavaSPProjector, exist_ok=True)
-AutoModelForImageTextToText.register(LlavaSPConfig, LlavaSPForConditionalGeneration, exist_ok=True)
-AutoModelForMultimodalLM.register(LlavaSPConfig, LlavaSPForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(LlavaSPConfig, LlavaSPProcessor, exist_ok=True)
+
+__version__ = "0.1.0"
 
 __all__ = [
     "LlavaSPConfig",
@@ -53,3 +45,32 @@ __all__ = [
     "__version__",
     "tiny_model_path",
 ]
+
+# Imported when they are asked for: they need PyTorch and much of Transformers, seconds before anything can be done
+_MODULES = {
+    "configuration_llava_sp": ("LlavaSPConfig", "LlavaSPProjectorConfig"),
+    "modeling_llava_sp": (
+        "LlavaSPForConditionalGeneration",
+        "LlavaSPModel",
+        "LlavaSPPreTrainedModel",
+        "LlavaSPProjector",
+    ),
+    "processing_llava_sp": ("LlavaSPProcessor",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    if name in _HOMES:
+        value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, *_HOMES})
+
+
+register(sys.modules[__name__])
