@@ -1,21 +1,37 @@
-"""What the benchmarks share: the memory of another process, what else the machine does, and what the machine is."""
+"""What the benchmarks share: time and memory, what the machine is and what else it does, and results in a file."""
 
+import json
 import os
 import platform
+import statistics
+import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from transformers_llava_sp import __version__
 
 
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 BLOCK_SIZE = 2**24  # bytes read at once
+# What results must share if they are to be compared
+SAME = ("device", "torch", "transformers", "transformers_llava_sp")
+
+# Package, and whether Transformers can use it
+FLASH_PACKAGES: dict[str, tuple[str, Callable[[], bool]]] = {
+    "flash_attention_2": ("flash-attn", is_flash_attn_2_available),
+    "flash_attention_3": ("flash-attn-3", is_flash_attn_3_available),
+    "flash_attention_4": ("flash-attn-4", is_flash_attn_4_available),
+}
 
 
 def read_memory(pid: int) -> dict[str, int] | None:
@@ -119,3 +135,185 @@ def describe_machine() -> dict[str, str | int | float]:
         "transformers_llava_sp": __version__,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def attention_kinds(device: torch.device) -> tuple[dict[str, str], dict[str, str]]:
+    """What attention can be measured, as Transformers calls it, and what cannot, with the reason."""
+    kinds, missing = {"sdpa": "sdpa"}, {}
+    if device.type == "cuda":
+        # PyTorch's own, where it would otherwise choose among several kernels
+        kinds["sdpa-flash"] = "sdpa"
+    else:
+        missing["sdpa-flash"] = "needs a CUDA device"
+    for name, (package, is_available) in FLASH_PACKAGES.items():
+        if is_available():
+            kinds[name] = name
+        elif device.type != "cuda":
+            missing[name] = "needs a CUDA device"
+        else:
+            missing[name] = f"Transformers finds no package {package} that it can use"
+    return kinds, missing
+
+
+def attention_kernel(kind: str) -> AbstractContextManager:
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if kind == "sdpa-flash" else nullcontext()
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"device": "CPU", "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": properties.name,
+        "device_memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+class Clock:
+    """
+    Marks points of time on a device's own timeline, or on the CPU's.
+
+    Args:
+        device (`torch.device`): The device.
+    """
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+
+    def mark(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """Between two marks, once the device has reached the second one."""
+        return start.elapsed_time(end) if self.on_gpu else (end - start) * 1e3
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_matrix_products(
+    side: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, repeats: int = 20
+) -> dict[str, Any]:
+    """The rate of products of square matrices: operations per second, a multiplication and an addition being two."""
+    clock = Clock(device)
+    one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(one)
+    times = []
+    for _ in range(3 + repeats):
+        start = clock.mark()
+        torch.mm(one, other, out=product)
+        end = clock.mark()
+        synchronize(device)
+        times.append(clock.milliseconds(start, end))
+    milliseconds = statistics.median(times[3:])
+    return {
+        "matrix_size": side,
+        "milliseconds": milliseconds,
+        "operations_per_second": 2 * side**3 / milliseconds * 1e3,
+    }
+
+
+def measure_reading(num_bytes: int, device: torch.device, repeats: int = 20) -> dict[str, Any]:
+    """How fast memory is read: the sum of random float32 numbers, more than caches hold, in bytes per second."""
+    clock = Clock(device)
+    # Written, so that every page is there
+    numbers = torch.randn(num_bytes // 4, device=device)
+    times = []
+    for _ in range(3 + repeats):
+        start = clock.mark()
+        numbers.sum()
+        end = clock.mark()
+        synchronize(device)
+        times.append(clock.milliseconds(start, end))
+    milliseconds = statistics.median(times[3:])
+    return {
+        "bytes": numbers.nbytes,
+        "milliseconds": milliseconds,
+        "bytes_per_second": numbers.nbytes / milliseconds * 1e3,
+    }
+
+
+class Results:
+    """
+    The parts of a run that are finished, in a file that is complete after each.
+
+    Args:
+        path (`Path`, *optional*): The file, which may have parts from before. Without it nothing is written.
+        machine (`dict[str, Any]`): What ran where.
+        same (`Iterable[str]`, *optional*): What of it must be the same for parts from before, beside the device and
+            the versions.
+    """
+
+    def __init__(self, path: Path | None, machine: dict[str, Any], same: Iterable[str] = ()):
+        self.path = path
+        self.content: dict[str, Any] = {"machine": machine, "parts": {}}
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self.content = json.loads(self.path.read_text())
+            before = self.content["machine"]
+            for key in (*SAME, *same):
+                if before[key] != machine[key]:
+                    sys.exit(
+                        f"{self.path} has results with {key} {before[key]!r}, and this run has {machine[key]!r}: "
+                        "name another folder as --output."
+                    )
+
+    def __getitem__(self, part: str) -> Any:
+        return self.content["parts"][part]
+
+    def __contains__(self, part: str) -> bool:
+        return part in self.content["parts"]
+
+    def add(self, part: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Measure a part that is not there yet."""
+        if part in self:
+            print(f"{part}: there already")
+            return
+        start = time.perf_counter()
+        figures = measure()
+        self.content["parts"][part] = {**figures, "seconds": time.perf_counter() - start}
+        print(f"{part}: {self[part]['seconds']:.1f} s", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        if self.path:
+            # Whole or not at all
+            temporary = self.path.with_suffix(".part")
+            temporary.write_text(json.dumps(self.content, indent=2) + "\n")
+            os.replace(temporary, self.path)
+
+    def finish(self, text: str, misses: list[str]) -> None:
+        """
+        Print a report and write it beside the file, as Markdown, with the machine on top.
+
+        Args:
+            text (`str`): The report.
+            misses (`list[str]`): The limits that are not met. If there are any, the process ends with status 1.
+        """
+        text += "\n\n" + ("\n".join(f"NOT MET: {miss}" for miss in misses) or "All limits are met.")
+        print(f"\n{text}")
+        self.write()
+        if self.path:
+            described = "\n".join(f"- {key}: {value}" for key, value in self.content["machine"].items())
+            self.path.with_suffix(".md").write_text(f"{described}\n\n{text}\n")
+        if misses:
+            sys.exit(1)
+
+
+def median_and_range(values: Iterable[float], digits: int = 1) -> str:
+    values = list(values)
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

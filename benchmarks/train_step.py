@@ -14,13 +14,11 @@ benchmarks/README.md says what is measured and how. Exits with status 1 where a 
 import argparse
 import gc
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,9 +26,21 @@ from typing import Any
 
 import peft
 import torch
-from _measure import PeakMemory, describe_machine, read_memory
+from _measure import (
+    Clock,
+    PeakMemory,
+    Results,
+    attention_kernel,
+    attention_kinds,
+    count_bytes,
+    describe_device,
+    describe_machine,
+    measure_matrix_products,
+    median_and_range,
+    read_memory,
+    synchronize,
+)
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import (
@@ -40,7 +50,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedModel,
 )
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration
 from transformers_llava_sp.training.parts import (
@@ -62,12 +71,6 @@ COPY_LIMIT = 0.1
 LORA_LEARNING_RATE, PROJECTOR_LEARNING_RATE = 2e-4, 2e-5
 MAX_GRAD_NORM = 1.0
 
-# Package, and whether Transformers can use it
-FLASH_PACKAGES: dict[str, tuple[str, Callable[[], bool]]] = {
-    "flash_attention_2": ("flash-attn", is_flash_attn_2_available),
-    "flash_attention_3": ("flash-attn-3", is_flash_attn_3_available),
-    "flash_attention_4": ("flash-attn-4", is_flash_attn_4_available),
-}
 SAMPLING_INTERVAL = 0.002  # seconds
 NUM_BATCHES = 2
 # What a step may take at most beside the weights, as a part of the GPU's memory
@@ -169,38 +172,6 @@ def make_model(name: str, config: LlavaSPConfig, device: torch.device, dtype: to
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-class Clock:
-    """
-    Marks points of time on a device's own timeline, or on the CPU's.
-
-    Args:
-        device (`torch.device`): The device.
-    """
-
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-
-    def mark(self) -> Any:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def milliseconds(self, start: Any, end: Any) -> float:
-        """Between two marks, once the device has reached the second one."""
-        return start.elapsed_time(end) if self.on_gpu else (end - start) * 1e3
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @dataclass
@@ -354,48 +325,6 @@ class Arm:
 
 
 # Parts of a run
-
-
-def attention_kinds(device: torch.device) -> tuple[dict[str, str], dict[str, str]]:
-    """What attention can be measured, as Transformers calls it, and what cannot, with the reason."""
-    kinds, missing = {"sdpa": "sdpa"}, {}
-    if device.type == "cuda":
-        # PyTorch's own, where it would otherwise choose among several kernels
-        kinds["sdpa-flash"] = "sdpa"
-    else:
-        missing["sdpa-flash"] = "needs a CUDA device"
-    for name, (package, is_available) in FLASH_PACKAGES.items():
-        if is_available():
-            kinds[name] = name
-        elif device.type != "cuda":
-            missing[name] = "needs a CUDA device"
-        else:
-            missing[name] = f"Transformers finds no package {package} that it can use"
-    return kinds, missing
-
-
-def attention_kernel(kind: str) -> AbstractContextManager:
-    return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if kind == "sdpa-flash" else nullcontext()
-
-
-def measure_matrix_products(size: Size, device: torch.device, repeats: int = 20) -> dict[str, Any]:
-    """The rate of bfloat16 matrix products, in operations per second, a multiplication and an addition being two."""
-    clock, side = Clock(device), size.matrix_size
-    one, other = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = torch.empty_like(one)
-    times = []
-    for _ in range(3 + repeats):
-        start = clock.mark()
-        torch.mm(one, other, out=product)
-        end = clock.mark()
-        synchronize(device)
-        times.append(clock.milliseconds(start, end))
-    milliseconds = statistics.median(times[3:])
-    return {
-        "matrix_size": side,
-        "milliseconds": milliseconds,
-        "operations_per_second": 2 * side**3 / milliseconds * 1e3,
-    }
 
 
 def count_operations(arm: Arm) -> dict[str, Any]:
@@ -614,74 +543,6 @@ def print_memory(arguments: argparse.Namespace) -> None:
 # Reports
 
 
-def describe_device(device: torch.device) -> dict[str, Any]:
-    if device.type != "cuda":
-        return {"device": "CPU", "threads": torch.get_num_threads()}
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "device": properties.name,
-        "device_memory_bytes": properties.total_memory,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-
-
-class Results:
-    """
-    The parts of a run that are finished, in a file that is complete after each.
-
-    Args:
-        folder (`Path`, *optional*): The folder of the file, `train_step.json`, which may have parts from before.
-        machine (`dict[str, Any]`): What ran where. Parts from another device, of other versions or of another size are
-            refused.
-    """
-
-    def __init__(self, folder: Path | None, machine: dict[str, Any]):
-        self.path = folder / "train_step.json" if folder else None
-        self.content: dict[str, Any] = {"machine": machine, "parts": {}}
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            self.content = json.loads(self.path.read_text())
-            before = self.content["machine"]
-            for key in ("device", "torch", "transformers", "transformers_llava_sp", "peft", "size", "repeats"):
-                if before[key] != machine[key]:
-                    sys.exit(
-                        f"{self.path} has results with {key} {before[key]!r}, and this run has {machine[key]!r}: "
-                        "name another folder as --output."
-                    )
-
-    def __getitem__(self, part: str) -> Any:
-        return self.content["parts"][part]
-
-    def __contains__(self, part: str) -> bool:
-        return part in self.content["parts"]
-
-    def add(self, part: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """Measure a part that is not there yet."""
-        if part in self:
-            print(f"{part}: there already")
-            return
-        start = time.perf_counter()
-        figures = measure()
-        self.content["parts"][part] = {**figures, "seconds": time.perf_counter() - start}
-        print(f"{part}: {self[part]['seconds']:.1f} s", flush=True)
-        self.write()
-
-    def write(self) -> None:
-        if self.path:
-            # Whole or not at all
-            temporary = self.path.with_suffix(".part")
-            temporary.write_text(json.dumps(self.content, indent=2) + "\n")
-            os.replace(temporary, self.path)
-
-
-def median_and_range(values: Iterable[float], digits: int = 1) -> str:
-    values = list(values)
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
 def summarise_steps(part: dict[str, Any], operations: dict[str, Any], rate: float) -> dict[str, Any]:
     """Per model the medians, and LLaVA-SP's time per token over LLaVA's: that of the medians, and of each pair."""
     summary: dict[str, Any] = {}
@@ -804,14 +665,15 @@ def measure_run(arguments: argparse.Namespace) -> bool:
         "size": arguments.size,
         "repeats": arguments.repeats,
     }
-    results = Results(arguments.output, machine)
+    path = arguments.output / "train_step.json" if arguments.output else None
+    results = Results(path, machine, ("peft", "size", "repeats"))
     print("\n".join(f"{key}: {value}" for key, value in machine.items()))
     parts = ["matrix products", "projector", "operations", *(f"steps, {kind}" for kind in kinds)]
     print(f"parts: {'; '.join(parts)}")
     print("\n".join(f"{name}: not measured, {reason}" for name, reason in missing.items()), flush=True)
     check_memory(size, device)
 
-    results.add("matrix products", lambda: measure_matrix_products(size, device))
+    results.add("matrix products", lambda: measure_matrix_products(size.matrix_size, device))
     results.add("projector", lambda: measure_projector_copies(device))
     if any(part not in results for part in parts):
         start = time.perf_counter()

@@ -39,7 +39,7 @@ def arms(script):
 def figures(script, arms):
     """What a run measures, but for the projector's memory."""
     return {
-        "matrix products": script.measure_matrix_products(script.SIZES["small"](), CPU, repeats=3),
+        "matrix products": script.measure_matrix_products(128, CPU, repeats=3),
         "operations": {name: script.count_operations(arm) for name, arm in arms.items()},
         "steps, sdpa": script.measure_steps(arms, "sdpa", warmup=1, repeats=3, label="sdpa"),
     }
@@ -136,16 +136,17 @@ def machine():
 
 
 def test_finished_parts_are_not_measured_again(script, machine, tmp_path):
-    results = script.Results(tmp_path, machine)
+    path = tmp_path / "results.json"
+    results = script.Results(path, machine)
     results.add("one", lambda: {"figure": 1})
     with pytest.raises(ZeroDivisionError):
         results.add("two", lambda: {"figure": 1 / 0})
-    again = script.Results(tmp_path, machine)
+    again = script.Results(path, machine)
     again.add("one", lambda: {"figure": 1 / 0})
     again.add("two", lambda: {"figure": 2})
-    assert [json.loads(results.path.read_text())["parts"][name]["figure"] for name in ("one", "two")] == [1, 2]
+    assert [json.loads(path.read_text())["parts"][name]["figure"] for name in ("one", "two")] == [1, 2]
     with pytest.raises(SystemExit, match="has results with device 'x', and this run has 'y'"):
-        script.Results(tmp_path, {**machine, "device": "y"})
+        script.Results(path, {**machine, "device": "y"})
 
 
 @pytest.mark.parametrize(

@@ -139,21 +139,25 @@ class LlavaSPCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
 
 
-class FullMapConv2d(nn.Conv2d):
+class MatmulConv2d(nn.Conv2d):
     """
-    A convolution whose kernel covers its whole input. It has one output position, so it is one matrix product; the
-    weight keeps its convolution shape `(out_channels, in_channels, size, size)`, as checkpoints store it.
+    A convolution without padding as one matrix product over its windows. Kernels here are nearly as large as their
+    input, so windows are few, for which libraries' convolutions are several times slower, and their gradients tens of
+    times. The weight keeps its convolution shape `(out_channels, in_channels, size, size)`, as checkpoints store it.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            input (`torch.Tensor` of shape `(images, in_channels, size, size)`): A map as large as the kernel.
+            input (`torch.Tensor` of shape `(images, in_channels, height, width)`): The map.
 
         Returns:
-            `torch.Tensor` of shape `(images, out_channels, 1, 1)`.
+            `torch.Tensor` of shape `(images, out_channels, rows, columns)`.
         """
-        return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
+        (height, width), (row_stride, column_stride) = self.kernel_size, self.stride
+        windows = input.unfold(2, height, row_stride).unfold(3, width, column_stride)
+        windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)  # (images, rows, columns, in_channels * size * size)
+        return F.linear(windows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class SpatialFeatureExtractor(nn.Module):
@@ -168,7 +172,7 @@ class SpatialFeatureExtractor(nn.Module):
         self.spatial_variant = config.spatial_variant
         self.spatial_scales: list[int] = config.spatial_scales  # type: ignore[assignment]  # filled in by the config
         self.convolutions = nn.ModuleList(
-            FullMapConv2d(config.vision_hidden_size, config.spatial_hidden_size, kernel_size=size, bias=False)
+            MatmulConv2d(config.vision_hidden_size, config.spatial_hidden_size, kernel_size=size, bias=False)
             for size in self.spatial_scales
         )
 
@@ -212,7 +216,7 @@ class DetailFeatureIntegrator(nn.Module):
         super().__init__()
         hidden_size = config.spatial_hidden_size
         self.scaling = hidden_size**-0.5
-        self.detail_convolution = nn.Conv2d(
+        self.detail_convolution = MatmulConv2d(
             config.vision_hidden_size,
             hidden_size,
             kernel_size=config.detail_kernel_size,  # type: ignore[arg-type]  # filled in by the config
@@ -632,6 +636,22 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
         joined = tokens.index_select(0, torch.cat(indices).to(tokens.device))
         return list(joined.split([layout.num_tokens for layout in layouts]))
 
+    def count_image_tokens(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> int | list[int]:
+        """
+        How many tokens images take.
+
+        Args:
+            pixel_values (`torch.Tensor`): The processed images.
+            image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*): (height, width) of each in pixels.
+
+        Returns:
+            `int` or `list[int]`: The number of tokens of each image; a list for images in tiles.
+        """
+        layouts = self.get_image_layouts(pixel_values, image_sizes)
+        if layouts is None:
+            return self.config.projector_config.num_image_tokens
+        return [layout.num_tokens for layout in layouts]
+
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -719,15 +739,15 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
 
         image_features = None
         if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output
             placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds).to(inputs_embeds.device)
+            # Before the images are encoded: a GPU is waited for
+            self.check_pixel_values(pixel_values)
+            self.check_placeholders(
+                placeholder_mask, len(pixel_values), self.count_image_tokens(pixel_values, image_sizes)
+            )
+            image_features = self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output
             if isinstance(image_features, list):
-                self.check_placeholders(
-                    placeholder_mask, len(image_features), [len(image) for image in image_features]
-                )
                 image_features = torch.cat(image_features)
-            else:
-                self.check_placeholders(placeholder_mask, *image_features.shape[:2])
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(
                 placeholder_mask.unsqueeze(-1).expand_as(inputs_embeds), image_features
@@ -1344,11 +1364,9 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If the placeholders of a sample are not those of whole images.
         """
-        layouts = self.model.get_image_layouts(pixel_values, image_sizes)
-        if layouts is None:
-            num_tokens = [self.config.projector_config.num_image_tokens] * len(pixel_values)
-        else:
-            num_tokens = [layout.num_tokens for layout in layouts]
+        num_tokens = self.model.count_image_tokens(pixel_values, image_sizes)
+        if isinstance(num_tokens, int):
+            num_tokens = [num_tokens] * len(pixel_values)
         self.model.check_placeholders(placeholder_mask, len(pixel_values), num_tokens)
         placeholders_per_sample = placeholder_mask.sum(dim=1).cpu()
         sample_ends, image_ends = placeholders_per_sample.cumsum(0), torch.tensor([0, *num_tokens]).cumsum(0)

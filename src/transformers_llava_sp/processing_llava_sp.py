@@ -518,7 +518,9 @@ class LlavaSPProcessor(ProcessorMixin):
             if isinstance(image, str):
                 image = load_image(image)
             elif isinstance(image, PIL.Image.Image):
-                image = image.convert("RGB")
+                image.load()
+                if image.mode != "RGB" or "transparency" in image.info:
+                    image = image.convert("RGB")
         except Exception as error:  # decoders raise anything from OSError to SyntaxError
             reason = str(error) if len(str(error)) <= 300 else f"{str(error)[:300]}..."
             raise ValueError(f"Cannot read {name}: {expected}. {type(error).__name__}: {reason}") from error
@@ -635,7 +637,10 @@ class LlavaSPProcessor(ProcessorMixin):
         super()._check_special_mm_tokens(text, text_inputs, modalities)
         max_length = self.tokenizer.model_max_length
         for sample, input_ids in enumerate(text_inputs["input_ids"]):
-            length = sum(text_inputs["attention_mask"][sample]) if "attention_mask" in text_inputs else len(input_ids)
+            # Padding is no part of it, but to leave it out takes time
+            length = len(input_ids)
+            if length > max_length and "attention_mask" in text_inputs:
+                length = sum(text_inputs["attention_mask"][sample])
             if length > max_length:
                 raise ValueError(
                     f"Sample {sample} has {int(length)} tokens, but the model takes at most {max_length} "

@@ -1,0 +1,290 @@
+"""
+Time of the spatial path, the Spatial Feature Extractor with the Detail Feature Integrator and its projection: as it
+is, against plain convolutions, and against what the machine can do at most.
+
+    python benchmarks/projector.py --output results                # the shapes of the released 7B
+    python benchmarks/projector.py --size small --output results   # tiny shapes, in seconds
+
+Finished cells are in the output folder and are not measured again by the next run. benchmarks/README.md says what is
+measured and how. Exits with status 1 where a limit is not met.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from _measure import (
+    Clock,
+    Results,
+    count_bytes,
+    describe_device,
+    describe_machine,
+    measure_matrix_products,
+    median_and_range,
+    synchronize,
+)
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from transformers_llava_sp import LlavaSPProjector, LlavaSPProjectorConfig
+
+
+VARIANTS = ("cropping", "pooling")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZES = {
+    "7b": {"vision_hidden_size": 1024, "text_hidden_size": 4096, "grid_size": 24},
+    "small": {"vision_hidden_size": 64, "text_hidden_size": 96, "grid_size": 12, "spatial_hidden_size": 24},
+}
+MATRIX_SIZES = {"7b": {"cuda": 8192, "cpu": 2048}, "small": {"cuda": 512, "cpu": 128}}
+# The acceptance limits: times faster than convolutions at batch 1 on a CPU, and time over that of reading the weights
+SPEEDUP_LIMITS = {"fp32": 8.0, "bf16": 12.0}
+READING_LIMIT = 1.3
+
+
+def spatial_path(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> torch.Tensor:
+    """
+    The projector without its patches.
+
+    Args:
+        projector ([`LlavaSPProjector`]): The projector.
+        patch_grid (`torch.Tensor` of shape `(images, vision_hidden_size, grid_size, grid_size)`): The patch grid.
+
+    Returns:
+        `torch.Tensor` of shape `(images, scales, text_hidden_size)`.
+    """
+    features = projector.spatial_feature_extractor(patch_grid)
+    features, _ = projector.detail_feature_integrator(features, patch_grid)
+    return projector.spatial_projection(projector.spatial_act(features))
+
+
+@contextmanager
+def patched(modules: Iterable[nn.Conv2d]) -> Iterator[None]:
+    """Lets convolutions do as PyTorch's `Conv2d` does."""
+    modules = list(modules)
+    for module in modules:
+        module.forward = partial(nn.Conv2d.forward, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def plain_path(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> torch.Tensor:
+    """[`spatial_path`] with PyTorch's `conv2d` for each convolution, as the authors write it, on the same weights."""
+    modules = [
+        *projector.spatial_feature_extractor.convolutions,
+        projector.detail_feature_integrator.detail_convolution,
+    ]
+    with patched(modules):
+        return spatial_path(projector, patch_grid)
+
+
+def mixed_path(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> torch.Tensor:
+    """[`spatial_path`] with `conv2d` for the details alone, whose kernel has more than one position."""
+    with patched([projector.detail_feature_integrator.detail_convolution]):
+        return spatial_path(projector, patch_grid)
+
+
+def spatial_weights(projector: LlavaSPProjector) -> list[nn.Parameter]:
+    return [weight for name, weight in projector.named_parameters() if not name.startswith("patch_mlp")]
+
+
+def read_weights(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> torch.Tensor:
+    """Reads all weights once and does next to nothing with them: as fast as the memory is."""
+    return torch.stack([weight.view(torch.float32).sum() for weight in spatial_weights(projector)])
+
+
+PATHS = {"llava-sp": spatial_path, "conv2d": plain_path, "conv2d for details": mixed_path, "reading": read_weights}
+
+
+def make_projector(size: str, variant: str, dtype: torch.dtype, device: torch.device) -> LlavaSPProjector:
+    """A projector with random weights, every page of them written."""
+    torch.manual_seed(0)
+    with device:
+        return LlavaSPProjector._from_config(
+            LlavaSPProjectorConfig(spatial_variant=variant, **SIZES[size]), dtype=dtype
+        )
+
+
+def make_grid(projector: LlavaSPProjector, batch_size: int) -> torch.Tensor:
+    """A random patch grid in the layout in which the projector makes it of the tower's output."""
+    config = projector.config
+    patches = torch.randn(
+        batch_size, config.grid_size**2, config.vision_hidden_size, device=projector.device, dtype=projector.dtype
+    )
+    return patches.mT.unflatten(2, (config.grid_size, config.grid_size))
+
+
+def count_operations(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> int:
+    """Those of the matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        plain_path(projector, patch_grid)
+    return counter.get_total_flops()
+
+
+@torch.inference_mode()
+def measure_cell(
+    projector: LlavaSPProjector, batch_size: int, repeats: int, seconds: float, label: str
+) -> dict[str, Any]:
+    """
+    All paths on the same grid, in turns.
+
+    Args:
+        projector ([`LlavaSPProjector`]): The projector.
+        batch_size (`int`): Images.
+        repeats (`int`): How often at most.
+        seconds (`float`): After how long no further turn is begun; there are three at least.
+        label (`str`): What the progress bar says.
+
+    Returns:
+        `dict[str, Any]`: The milliseconds of each turn, the largest difference between both paths over the largest
+        value, bytes of weights and operations.
+    """
+    clock = Clock(projector.device)
+    patch_grid = make_grid(projector, batch_size)
+    # To warm up
+    outputs = {name: path(projector, patch_grid).float() for name, path in PATHS.items()}
+    difference = (outputs["llava-sp"] - outputs["conv2d"]).abs().max() / outputs["conv2d"].abs().max()
+    times: dict[str, list[float]] = {name: [] for name in PATHS}
+    with tqdm(total=repeats, desc=label, unit="turn") as progress:
+        for turn in range(repeats):
+            if turn >= 3 and sum(map(sum, times.values())) > seconds * 1e3:
+                break
+            # Neither always comes first, so that nothing that drifts favours one
+            for name in PATHS if turn % 2 else reversed(PATHS):
+                synchronize(projector.device)
+                start = clock.mark()
+                PATHS[name](projector, patch_grid)
+                end = clock.mark()
+                synchronize(projector.device)
+                times[name].append(clock.milliseconds(start, end))
+            progress.update()
+    return {
+        "milliseconds": times,
+        "difference": difference.item(),
+        "weight_bytes": count_bytes(spatial_weights(projector)),
+        "operations": count_operations(projector, patch_grid),
+    }
+
+
+def summarise(cell: dict[str, Any], rate: float) -> dict[str, Any]:
+    """The medians, and those of the ratios turn by turn: to convolutions, and to what the machine can do at most."""
+    times = cell["milliseconds"]
+    computing = cell["operations"] / rate * 1e3
+
+    def over(name: str) -> list[float]:
+        return [one / other for one, other in zip(times[name], times["llava-sp"], strict=True)]
+
+    speedups, reading = over("conv2d"), over("reading")
+    medians = {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
+    return {
+        **medians,
+        "speedup": statistics.median(speedups),
+        "speedups": speedups,
+        "details_speedup": statistics.median(over("conv2d for details")),
+        "computing": computing,
+        "over_reading": 1 / statistics.median(reading),
+        "over_limit": medians["llava-sp"] / max(medians["reading"], computing),
+    }
+
+
+def find_misses(on_gpu: bool, dtype: str, batch_size: int, figures: dict[str, float]) -> list[str]:
+    """The limits that a cell does not meet."""
+    misses = []
+    if figures["speedup"] < 1:
+        misses.append("slower than convolutions")
+    if batch_size == 1:
+        if not on_gpu and figures["speedup"] < SPEEDUP_LIMITS.get(dtype, 1):
+            misses.append(f"less than {SPEEDUP_LIMITS[dtype]:g} times as fast as convolutions")
+        if figures["over_reading"] > READING_LIMIT:
+            misses.append(f"more than {READING_LIMIT:g} times what reading the weights takes")
+    return misses
+
+
+def report(results: Results, cells: list[tuple[str, str, int]]) -> tuple[str, list[str]]:
+    """The figures as Markdown, and the limits that are not met."""
+    lines = [
+        "| variant | dtype | batch | LLaVA-SP, ms | conv2d, ms | x | conv2d for details, x | reading weights, ms | "
+        "computing, ms | over the larger | difference |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    misses = []
+    machine = results.content["machine"]
+    for variant, dtype, batch_size in cells:
+        label = f"{variant}, {dtype}, batch {batch_size}"
+        if label not in results:
+            lines.append(f"| {variant} | {dtype} | {batch_size} | not measured yet |")
+            continue
+        cell = results[label]
+        figures = cell["summary"] = summarise(cell, results[f"products, {dtype}"]["operations_per_second"])
+        times = {name: median_and_range(cell["milliseconds"][name], digits=2) for name in PATHS}
+        lines.append(
+            f"| {variant} | {dtype} | {batch_size} | {times['llava-sp']} | {times['conv2d']} | "
+            f"{median_and_range(figures['speedups'])} | {figures['details_speedup']:.2f} | "
+            f"{times['reading']} | "
+            f"{figures['computing']:.2f} | {figures['over_limit']:.2f} | {cell['difference']:.1e} |"
+        )
+        if machine["size"] == "7b":
+            misses += [
+                f"{label}: {miss}" for miss in find_misses(machine["device"] != "CPU", dtype, batch_size, figures)
+            ]
+    for dtype in dict.fromkeys(dtype for _, dtype, _ in cells):
+        rate = results[f"products, {dtype}"]["operations_per_second"]
+        lines += ["", f"{dtype}: square matrix products compute {rate / 1e12:.4g} TFLOP/s"]
+    return "\n".join(lines), misses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="7b", help="of the projector (default: 7b)")
+    parser.add_argument("--output", type=Path, help="a folder for projector.json and projector.md")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="all on a GPU, fp32 and bf16 on a CPU")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--repeats", type=int, default=30, help="turns of each cell at most (default: 30)")
+    parser.add_argument("--seconds", type=float, default=20, help="for each cell, about (default: 20)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further cell after so long")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    arguments = parser.parse_args()
+    begun = time.perf_counter()
+    if arguments.repeats < 1 or min(arguments.batch_sizes) < 1:
+        parser.error("--repeats and --batch-sizes must be 1 or more")
+    device = torch.device(arguments.device)
+    dtypes = arguments.dtypes or (list(DTYPES) if device.type == "cuda" else ["fp32", "bf16"])
+    machine = {**describe_machine(), **describe_device(device), "size": arguments.size, "repeats": arguments.repeats}
+    path = arguments.output / "projector.json" if arguments.output else None
+    results = Results(path, machine, ("size", "repeats"))
+    print("\n".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
+
+    cells = list(product(arguments.variants, dtypes, arguments.batch_sizes))
+    for dtype in dtypes:
+        side = MATRIX_SIZES[arguments.size][device.type]
+        results.add(f"products, {dtype}", partial(measure_matrix_products, side, device, DTYPES[dtype]))
+    for variant, dtype in product(arguments.variants, dtypes):
+        parts: dict[str, Callable[[], dict[str, Any]]] = {}
+        projector: LlavaSPProjector | None = None
+        for batch_size in arguments.batch_sizes:
+            label = f"{variant}, {dtype}, batch {batch_size}"
+            if label in results:
+                continue
+            if projector is None:
+                projector = make_projector(arguments.size, variant, DTYPES[dtype], device)
+            parts[label] = partial(measure_cell, projector, batch_size, arguments.repeats, arguments.seconds, label)
+        for label, measure in parts.items():
+            if time.perf_counter() - begun < 60 * arguments.minutes:
+                results.add(label, measure)
+
+    results.finish(*report(results, cells))
+
+
+if __name__ == "__main__":
+    main()
