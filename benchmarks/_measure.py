@@ -137,21 +137,31 @@ def describe_machine() -> dict[str, str | int | float]:
     }
 
 
-def attention_kinds(device: torch.device) -> tuple[dict[str, str], dict[str, str]]:
-    """What attention can be measured, as Transformers calls it, and what cannot, with the reason."""
+def attention_kinds(device: torch.device, flex: bool = False) -> tuple[dict[str, str], dict[str, str]]:
+    """
+    What attention can be measured.
+
+    Args:
+        device (`torch.device`): Where.
+        flex (`bool`, *optional*, defaults to `False`): Whether FlexAttention is wanted, which compiles first.
+
+    Returns:
+        `tuple(dict[str, str], dict[str, str])`: What Transformers calls each kind, and the reason why others cannot.
+    """
     kinds, missing = {"sdpa": "sdpa"}, {}
-    if device.type == "cuda":
-        # PyTorch's own, where it would otherwise choose among several kernels
-        kinds["sdpa-flash"] = "sdpa"
-    else:
-        missing["sdpa-flash"] = "needs a CUDA device"
+    # PyTorch's own, where it would otherwise choose among several kernels
+    candidates = {"sdpa-flash": ("sdpa", True, "")}
     for name, (package, is_available) in FLASH_PACKAGES.items():
-        if is_available():
-            kinds[name] = name
-        elif device.type != "cuda":
+        candidates[name] = (name, is_available(), f"Transformers finds no package {package} that it can use")
+    if flex:
+        candidates["flex_attention"] = ("flex_attention", True, "")
+    for name, (implementation, available, reason) in candidates.items():
+        if device.type != "cuda":
             missing[name] = "needs a CUDA device"
+        elif available:
+            kinds[name] = implementation
         else:
-            missing[name] = f"Transformers finds no package {package} that it can use"
+            missing[name] = reason
     return kinds, missing
 
 

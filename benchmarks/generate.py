@@ -10,6 +10,7 @@ measured and how. Exits with status 1 where a limit is not met.
 """
 
 import argparse
+import copy
 import gc
 import statistics
 import sys
@@ -69,6 +70,7 @@ PAPER = {"llava": 1.0, "cropping": 0.988, "pooling": 0.977, "qwen2-vl": 12.23 / 
 # The same picture for all, of 640 x 480 pixels: LLaVA pads it to a square, Qwen keeps its shape
 QWEN_GRID = (1, 34, 46)  # patches
 TEXT_TOKENS = 64
+SECOND_QUESTION_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -349,7 +351,7 @@ def measure_cell(models: dict[str, PreTrainedModel], cell: Cell, size: Size) -> 
     """
     device = models["llava"].device
     on_gpu = device.type == "cuda"
-    implementation = attention_kinds(device)[0][cell.attention]
+    implementation = attention_kinds(device, flex=True)[0][cell.attention]
     inputs = {name: make_inputs(name, model, cell.batch_size) for name, model in models.items()}
     results: dict[str, dict[str, Any]] = {
         name: {
@@ -391,6 +393,43 @@ def measure_cell(models: dict[str, PreTrainedModel], cell: Cell, size: Size) -> 
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
+    return results
+
+
+@torch.inference_mode()
+def measure_conversation(models: dict[str, PreTrainedModel], size: Size) -> dict[str, Any]:
+    """
+    A second question about a picture: with the cache of the first one kept, and with everything encoded again.
+
+    Args:
+        models (`dict[str, PreTrainedModel]`): Those to ask.
+        size ([`Size`]): How often.
+
+    Returns:
+        `dict[str, Any]`: For each model the seconds to the first token of the second answer, both ways.
+    """
+    results: dict[str, Any] = {}
+    for name, model in models.items():
+        model.set_attn_implementation("sdpa")
+        inputs = make_inputs(name, model, 1)
+        first = model.generate(**inputs, do_sample=False, max_new_tokens=size.new_tokens, return_dict_in_generate=True)
+        question = inputs["input_ids"][:, :SECOND_QUESTION_TOKENS]
+        input_ids = torch.cat([first.sequences, question], dim=1)
+        second = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        ways = {
+            "kept": lambda second=second, first=first: {
+                **second,
+                "past_key_values": copy.deepcopy(first.past_key_values),
+            },
+            "again": lambda second=second, inputs=inputs: {**second, "pixel_values": inputs["pixel_values"]},
+        }
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for turn in range(size.turns + 1):
+            for way in ways if turn % 2 else reversed(ways):
+                time_to_first, _ = answer(model, ways[way](), 1, compiled=False)
+                if turn:
+                    seconds[way].append(time_to_first)
+        results[name] = seconds
     return results
 
 
@@ -467,6 +506,11 @@ def find_misses(cell: Cell, summary: dict[str, dict[str, Any]], on_gpu: bool) ->
     return [f"{cell}: {miss}" for miss in sorted(misses)]
 
 
+def without_time(part: dict[str, Any]) -> dict[str, Any]:
+    """A part's figures for each model, without how long it took."""
+    return {name: figures for name, figures in part.items() if name != "seconds"}
+
+
 def report(results: Results, cells: Iterable[Cell]) -> tuple[str, list[str]]:
     """The figures as Markdown, and the limits that are not met."""
     on_gpu = results.content["machine"]["device"] != "CPU"
@@ -499,14 +543,26 @@ def report(results: Results, cells: Iterable[Cell]) -> tuple[str, list[str]]:
                 f"{median_and_range(row['token_ratios'], 3)} | {row['tokens_per_second']:.2f} | "
                 f"{row['share_of_limit']:.0%} | {peak} |"
             )
+    if "conversation" in results:
+        lines += [
+            "",
+            "| model | second question, cache kept, ms | all again, ms | all again over kept |",
+            "|---|---:|---:|---:|",
+        ]
+        for name, seconds in without_time(results["conversation"]).items():
+            kept, again = seconds["kept"], seconds["again"]
+            lines.append(
+                f"| {name} | {median_and_range((1e3 * value for value in kept), 2)} | "
+                f"{median_and_range((1e3 * value for value in again), 2)} | "
+                f"{median_and_range((all_ / one for one, all_ in zip(kept, again, strict=True)), 1)} |"
+            )
     if "agreement" in results:
         lines += [
             "",
             "| model | attention | logits differ from sdpa's at most by | same choice |",
             "|---|---|---:|---:|",
         ]
-        agreement = {name: kinds for name, kinds in results["agreement"].items() if name != "seconds"}
-        for name, kinds in agreement.items():
+        for name, kinds in without_time(results["agreement"]).items():
             lines += [
                 f"| {name} | {kind} | {figure['difference']:.1e} | {figure['same_choice']:.1%} |"
                 for kind, figure in kinds.items()
@@ -563,7 +619,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     machine = {**describe_machine(), **describe_device(device), "size": arguments.size, "dtype": str(dtype)}
     results = Results(arguments.output / "generate.json", machine, ("size", "dtype"))
-    kinds, missing = attention_kinds(device)
+    kinds, missing = attention_kinds(device, flex=True)
     print("\n".join(f"{key}: {value}" for key, value in machine.items()))
     print("\n".join(f"{name}: not measured, {reason}" for name, reason in missing.items()), flush=True)
     cells = [
@@ -590,6 +646,7 @@ def main() -> None:
         models = {name: models.get(name) or make_model(name, size, device, dtype) for name in names}
         if cell.group == "llava":
             results.add("agreement", partial(measure_agreement, models, kinds))
+            results.add("conversation", partial(measure_conversation, models, size))
         results.add(str(cell), partial(measure_cell, models, cell, size))
 
     text, misses = report(results, cells)

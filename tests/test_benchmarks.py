@@ -1,0 +1,188 @@
+"""The benchmarks of speed do what they say, on tiny models, and say where a limit is not met."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def load():
+    """Loads a benchmark as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield importlib.import_module
+
+
+def run(module, monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+# The spatial path
+
+
+@pytest.fixture
+def projector_benchmark(load):
+    return load("projector")
+
+
+def test_projector_is_measured_once_and_reported(projector_benchmark, monkeypatch, tmp_path, capsys):
+    arguments = ("--size", "small", "--device", "cpu", "--batch-sizes", 1, 2, "--repeats", 3, "--output", tmp_path)
+    run(projector_benchmark, monkeypatch, *arguments)
+    parts = json.loads((tmp_path / "projector.json").read_text())["parts"]
+    cells = {label: part for label, part in parts.items() if "batch" in label}
+    assert len(cells) == 2 * 2 * 2
+    for label, cell in cells.items():
+        assert {len(times) for times in cell["milliseconds"].values()} == {3}
+        assert cell["difference"] < (1e-5 if "fp32" in label else 1e-2)
+    report = (tmp_path / "projector.md").read_text()
+    assert report.count("\n| cropping |") == report.count("\n| pooling |") == 4
+    assert "All limits are met." in report
+
+    capsys.readouterr()
+    run(projector_benchmark, monkeypatch, *arguments, "--minutes", 0)
+    assert json.loads((tmp_path / "projector.json").read_text())["parts"] == parts
+
+
+def test_projector_stops_in_time_and_says_what_is_left(projector_benchmark, monkeypatch, tmp_path):
+    run(projector_benchmark, monkeypatch, "--size", "small", "--device", "cpu", "--minutes", 0, "--output", tmp_path)
+    assert (tmp_path / "projector.md").read_text().count("not measured yet") == 2 * 2 * 4
+
+
+def test_operations_are_those_of_the_weights(projector_benchmark):
+    projector = projector_benchmark.make_projector("small", "cropping", torch.float32, CPU)
+    extractor, integrator = projector.spatial_feature_extractor, projector.detail_feature_integrator
+    scales, details = 6, projector.config.num_detail_tokens
+    once = sum(module.weight.numel() for module in extractor.convolutions)
+    queries = integrator.query_proj.weight.numel() + projector.spatial_projection.weight.numel()
+    per_detail = integrator.detail_convolution.weight.numel() + 2 * integrator.key_proj.weight.numel()
+    attention = 2 * scales * details * projector.config.spatial_hidden_size
+    expected = 2 * (once + scales * queries + details * per_detail + attention)
+    grid = projector_benchmark.make_grid(projector, 3)
+    assert projector_benchmark.count_operations(projector, grid) == 3 * expected
+
+
+def test_plain_convolutions_are_put_back(projector_benchmark):
+    projector = projector_benchmark.make_projector("small", "pooling", torch.float32, CPU)
+    grid = projector_benchmark.make_grid(projector, 1)
+    calls = []
+    convolution = projector.detail_feature_integrator.detail_convolution
+    with projector_benchmark.patched([convolution]):
+        assert convolution.forward.func is torch.nn.Conv2d.forward
+        calls.append(projector_benchmark.spatial_path(projector, grid))
+    assert convolution.forward.__func__ is type(convolution).forward
+    torch.testing.assert_close(calls[0], projector_benchmark.spatial_path(projector, grid))
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "dtype", "batch_size", "speedup", "over_reading", "misses"),
+    [
+        (False, "fp32", 1, 8.0, 1.3, 0),
+        (False, "fp32", 1, 7.9, 1.3, 1),
+        (False, "bf16", 1, 11.9, 1.3, 1),
+        (False, "bf16", 1, 11.9, 1.31, 2),
+        (False, "bf16", 4, 1.0, 9.0, 0),
+        (False, "bf16", 4, 0.99, 9.0, 1),
+        (True, "fp16", 1, 1.0, 1.3, 0),
+        (True, "fp16", 1, 1.0, 1.31, 1),
+    ],
+)
+def test_projector_limits(projector_benchmark, on_gpu, dtype, batch_size, speedup, over_reading, misses):
+    figures = {"speedup": speedup, "over_reading": over_reading}
+    assert len(projector_benchmark.find_misses(on_gpu, dtype, batch_size, figures)) == misses
+
+
+# Answers
+
+
+@pytest.fixture
+def generate_benchmark(load):
+    return load("generate")
+
+
+def test_answers_are_measured_and_drawn(generate_benchmark, monkeypatch, tmp_path):
+    arguments = ("--size", "small", "--device", "cpu", "--batch-sizes", 1, "--eager", "--output", tmp_path)
+    run(generate_benchmark, monkeypatch, *arguments, "--plot")
+    results = json.loads((tmp_path / "generate.json").read_text())["parts"]
+    cell = results["llava: sdpa, eager, batch 1"]
+    assert cell["cropping"]["prompt_tokens"] == cell["pooling"]["prompt_tokens"] == 646
+    assert cell["llava"]["prompt_tokens"] == 640
+    assert cell["cropping"]["spatial_bytes"] > 0 == cell["llava"]["spatial_bytes"]
+    assert min(cell["pooling"]["token_seconds"]) > 0
+    assert results["qwen: sdpa, eager, batch 1"]["qwen2.5-vl"]["prompt_tokens"] == 64 + 391
+    assert results["agreement"]["cropping"]["sdpa"]["difference"] == 0
+    assert all(min(times) > 0 for times in results["conversation"]["pooling"].values())
+    assert (tmp_path / "generate.png").stat().st_size > 10_000
+    run(generate_benchmark, monkeypatch, *arguments, "--minutes", 0)
+    assert json.loads((tmp_path / "generate.json").read_text())["parts"] == results
+
+
+def test_released_shapes(generate_benchmark):
+    size = generate_benchmark.SIZES["7b"]
+    for variant in generate_benchmark.SPATIAL:
+        config = generate_benchmark.llava_sp_config(size, variant)
+        projector_config = config.projector_config
+        assert projector_config.spatial_variant == variant
+        assert projector_config.spatial_scales == [4, 8, 12, 16, 20, 24]
+        assert (projector_config.spatial_hidden_size, projector_config.num_image_tokens) == (512, 582)
+        assert (config.text_config.hidden_size, config.text_config.num_hidden_layers) == (4096, 32)
+    counts = {}
+    for name in ("llava", "qwen2-vl", "qwen2.5-vl"):
+        counts[name] = generate_benchmark.make_model(name, size, torch.device("meta"), torch.bfloat16).num_parameters()
+    assert {name: round(count / 1e9, 2) for name, count in counts.items()} == {
+        "llava": 7.06,
+        "qwen2-vl": 8.29,
+        "qwen2.5-vl": 8.29,
+    }
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "compiled", "change", "misses"),
+    [
+        (False, False, {}, 0),
+        (False, False, {"ttft_ratio": 1.031}, 1),
+        (False, False, {"token_ratio": 1.031}, 1),
+        (True, False, {"ttft_ratio": 1.04}, 0),
+        (True, False, {"ttft_ratio": 1.041}, 1),
+        (True, False, {"token_ratio": 1.006}, 1),
+        (True, False, {"share_of_limit": 0.1}, 0),
+        (True, True, {"share_of_limit": 0.59}, 1),
+        (True, True, {"peak_ratio": 1.021}, 1),
+    ],
+)
+def test_answer_limits(generate_benchmark, on_gpu, compiled, change, misses):
+    cell = generate_benchmark.Cell("llava", "sdpa", compiled, 1)
+    figures = {"ttft_ratio": 1.0, "token_ratio": 1.0, "share_of_limit": 0.9, "peak_ratio": 1.0}
+    summary = {"llava": figures, "cropping": {**figures, **change}, "pooling": figures}
+    assert len(generate_benchmark.find_misses(cell, summary, on_gpu)) == misses
+
+
+def test_released_shapes_need_a_gpu(generate_benchmark, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="pass --size scaled"):
+        run(generate_benchmark, monkeypatch, "--device", "cpu", "--output", tmp_path)
+
+
+# The processor
+
+
+def test_processors_differ_by_the_spatial_tokens(load):
+    cell = load("processor").measure_cell("pil", 2, turns=1)
+    assert cell["tokens"]["llava-sp"] == cell["tokens"]["llava"] + 6
+    assert {len(times) for times in cell["times"].values()} == {1}
+
+
+@pytest.mark.parametrize(("slower", "misses"), [(1.03, 0), (1.04, 1)])
+def test_processor_limit(load, tmp_path, slower, misses):
+    processor = load("processor")
+    results = processor.Results(None, {})
+    times = {"llava-sp": [slower, slower, slower], "llava": [1.0, 1.0, 1.0]}
+    results.content["parts"]["pil, 1"] = {"times": times, "images": 1}
+    assert len(processor.report(results, ["pil, 1"])[1]) == misses
