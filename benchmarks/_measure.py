@@ -24,7 +24,7 @@ from transformers_llava_sp import __version__
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 BLOCK_SIZE = 2**24  # bytes read at once
 # What results must share if they are to be compared
-SAME = ("device", "torch", "transformers", "transformers_llava_sp")
+SAME = ("device", "cpu", "cores", "torch", "transformers", "transformers_llava_sp")
 
 # Package, and whether Transformers can use it
 FLASH_PACKAGES: dict[str, tuple[str, Callable[[], bool]]] = {
@@ -295,7 +295,12 @@ class Results:
             return
         start = time.perf_counter()
         figures = measure()
-        self.content["parts"][part] = {**figures, "seconds": time.perf_counter() - start}
+        self.content["parts"][part] = {
+            **figures,
+            "seconds": time.perf_counter() - start,
+            "date": time.strftime("%Y-%m-%d"),
+            "load_average_after": os.getloadavg()[0],
+        }
         print(f"{part}: {self[part]['seconds']:.1f} s", flush=True)
         self.write()
 
@@ -306,15 +311,17 @@ class Results:
             temporary.write_text(json.dumps(self.content, indent=2) + "\n")
             os.replace(temporary, self.path)
 
-    def finish(self, text: str, misses: list[str]) -> None:
+    def finish(self, text: str, misses: list[str], num_checked: int) -> None:
         """
         Print a report and write it beside the file, as Markdown, with the machine on top.
 
         Args:
             text (`str`): The report.
             misses (`list[str]`): The limits that are not met. If there are any, the process ends with status 1.
+            num_checked (`int`): Of how many parts limits were checked.
         """
-        text += "\n\n" + ("\n".join(f"NOT MET: {miss}" for miss in misses) or "All limits are met.")
+        verdict = f"The limits of {num_checked} parts are met." if num_checked else "No limits were checked."
+        text += "\n\n" + ("\n".join(f"NOT MET: {miss}" for miss in misses) or verdict)
         print(f"\n{text}")
         self.write()
         if self.path:
@@ -322,6 +329,18 @@ class Results:
             self.path.with_suffix(".md").write_text(f"{described}\n\n{text}\n")
         if misses:
             sys.exit(1)
+
+
+def without_record(part: dict[str, Any]) -> dict[str, Any]:
+    """A part's figures alone, without when it was measured and how long that took."""
+    return {key: value for key, value in part.items() if key not in ("seconds", "date", "load_average_after")}
+
+
+def in_turn(names: Iterable[str], turn: int) -> list[str]:
+    """The names, each of them first, second and so on equally often, so that nothing that drifts favours one."""
+    names = list(names)
+    start = turn % len(names)
+    return names[start:] + names[:start]
 
 
 def median_and_range(values: Iterable[float], digits: int = 1) -> str:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from _measure import (
     count_bytes,
     describe_device,
     describe_machine,
+    in_turn,
     measure_reading,
     median_and_range,
     synchronize,
+    without_record,
 )
 from tqdm import tqdm
 from transformers import (
@@ -51,6 +54,7 @@ from transformers import (
 )
 
 from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration
+from transformers_llava_sp.visualization import require_matplotlib
 
 
 # What is compared with the first of its group, in turns
@@ -64,8 +68,8 @@ CPU_TIME_LIMIT = 1.03
 COMPILED_SHARE = 0.6
 # Peak memory over LLaVA's and the spatial weights
 MEMORY_LIMIT = 1.02
-# The paper's tokens per second over LLaVA-1.5's, table 6
-PAPER = {"llava": 1.0, "cropping": 0.988, "pooling": 0.977, "qwen2-vl": 12.23 / 20.76}
+# The paper's tokens per second over LLaVA-1.5's
+PAPER = {"cropping": 0.988, "pooling": 0.977}
 
 # The same picture for all, of 640 x 480 pixels: LLaVA pads it to a square, Qwen keeps its shape
 QWEN_GRID = (1, 34, 46)  # patches
@@ -309,8 +313,8 @@ def answer(
         compiled (`bool`): Whether with a static cache and compiled.
 
     Returns:
-        `tuple(float, float)`: Seconds to the scores of the first token, and from there to those of the last one for
-        each token.
+        `tuple(float, float)`: Seconds to the scores of the first token, and from those of one token to those of the
+        next, their median: a step that has to record its CUDA graph again does not count.
     """
     options: dict[str, Any] = {}
     if compiled:
@@ -332,8 +336,8 @@ def answer(
     if len(watch.marks) != 1 + new_tokens:
         raise RuntimeError(f"{type(model).__name__} answered {len(watch.marks)} tokens, expected {1 + new_tokens}.")
     first = watch.clock.milliseconds(start, watch.marks[0])
-    others = watch.clock.milliseconds(watch.marks[0], watch.marks[-1])
-    return first / 1e3, others / new_tokens / 1e3
+    others = [watch.clock.milliseconds(one, other) for one, other in pairwise(watch.marks)]
+    return first / 1e3, statistics.median(others) / 1e3
 
 
 def measure_cell(models: dict[str, PreTrainedModel], cell: Cell, size: Size) -> dict[str, Any]:
@@ -369,8 +373,7 @@ def measure_cell(models: dict[str, PreTrainedModel], cell: Cell, size: Size) -> 
         tqdm(total=(size.turns + 1) * len(models), desc=str(cell), unit="answer") as progress,
     ):
         for turn in range(size.turns + 1):
-            # Neither always comes first, so that nothing that drifts favours one
-            for name in models if turn % 2 else reversed(models):
+            for name in in_turn(models, turn):
                 model = models[name]
                 if turn == 0:
                     model.set_attn_implementation(implementation)
@@ -387,13 +390,22 @@ def measure_cell(models: dict[str, PreTrainedModel], cell: Cell, size: Size) -> 
                 progress.update()
     # Compiled code, static caches and the memory of CUDA graphs belong to this cell
     for model in models.values():
-        for attribute in ("_compiled_call", "_cache", "_last_compile_config"):
+        for attribute in ("_compiled_call", "_last_compile_config", "_previous_max_cache_length"):
             model.__dict__.pop(attribute, None)
     torch.compiler.reset()
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
     return results
+
+
+def try_cell(models: dict[str, PreTrainedModel], cell: Cell, size: Size) -> dict[str, Any]:
+    """[`measure_cell`], or why it cannot be measured here, so that the others are measured all the same."""
+    try:
+        return measure_cell(models, cell, size)
+    except (RuntimeError, ImportError, ValueError) as error:
+        print(f"{cell}: failed, {error}", flush=True)
+        return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
 
 
 @torch.inference_mode()
@@ -425,7 +437,7 @@ def measure_conversation(models: dict[str, PreTrainedModel], size: Size) -> dict
         }
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(size.turns + 1):
-            for way in ways if turn % 2 else reversed(ways):
+            for way in in_turn(ways, turn):
                 time_to_first, _ = answer(model, ways[way](), 1, compiled=False)
                 if turn:
                     seconds[way].append(time_to_first)
@@ -506,23 +518,22 @@ def find_misses(cell: Cell, summary: dict[str, dict[str, Any]], on_gpu: bool) ->
     return [f"{cell}: {miss}" for miss in sorted(misses)]
 
 
-def without_time(part: dict[str, Any]) -> dict[str, Any]:
-    """A part's figures for each model, without how long it took."""
-    return {name: figures for name, figures in part.items() if name != "seconds"}
-
-
-def report(results: Results, cells: Iterable[Cell]) -> tuple[str, list[str]]:
-    """The figures as Markdown, and the limits that are not met."""
+def report(results: Results, cells: Iterable[Cell]) -> tuple[str, list[str], int]:
+    """The figures as Markdown, the limits that are not met, and of how many cells they were checked."""
     on_gpu = results.content["machine"]["device"] != "CPU"
     bandwidth = results["reading"]["bytes_per_second"]
-    lines, misses = [f"Memory is read at {bandwidth / 1e9:.4g} GB/s."], []
+    lines, misses, num_checked = [f"Memory is read at {bandwidth / 1e9:.4g} GB/s."], [], 0
     for cell in cells:
         if str(cell) not in results:
             lines += ["", f"{cell}: not measured yet"]
             continue
+        if "error" in results[str(cell)]:
+            lines += ["", f"{cell}: failed, {results[str(cell)]['error']}"]
+            continue
         figures = {name: results[str(cell)][name] for name in GROUPS[cell.group]}
         summary = results[str(cell)]["summary"] = summarise(cell, figures, bandwidth)
         if results.content["machine"]["size"] != "small":
+            num_checked += cell.group == "llava"
             misses += find_misses(cell, summary, on_gpu)
         lines += [
             "",
@@ -549,7 +560,7 @@ def report(results: Results, cells: Iterable[Cell]) -> tuple[str, list[str]]:
             "| model | second question, cache kept, ms | all again, ms | all again over kept |",
             "|---|---:|---:|---:|",
         ]
-        for name, seconds in without_time(results["conversation"]).items():
+        for name, seconds in without_record(results["conversation"]).items():
             kept, again = seconds["kept"], seconds["again"]
             lines.append(
                 f"| {name} | {median_and_range((1e3 * value for value in kept), 2)} | "
@@ -562,19 +573,19 @@ def report(results: Results, cells: Iterable[Cell]) -> tuple[str, list[str]]:
             "| model | attention | logits differ from sdpa's at most by | same choice |",
             "|---|---|---:|---:|",
         ]
-        for name, kinds in without_time(results["agreement"]).items():
+        for name, kinds in without_record(results["agreement"]).items():
             lines += [
                 f"| {name} | {kind} | {figure['difference']:.1e} | {figure['same_choice']:.1%} |"
                 for kind, figure in kinds.items()
             ]
-    return "\n".join(lines), misses
+    return "\n".join(lines), misses, num_checked
 
 
 def plot(results: Results, cells: Iterable[Cell], file: Path) -> None:
     """Draw time to the first token and time per token over LLaVA's, beside the paper's figure."""
     from matplotlib.figure import Figure
 
-    measured = [cell for cell in cells if str(cell) in results]
+    measured = [cell for cell in cells if str(cell) in results and "error" not in results[str(cell)]]
     figure = Figure(figsize=(12, 1.5 + 0.5 * len(measured)), layout="constrained")
     for axes, key, title in zip(
         figure.subplots(1, 2, sharey=True),
@@ -614,6 +625,8 @@ def main() -> None:
     arguments = parser.parse_args()
     begun = time.perf_counter()
     device, size = torch.device(arguments.device), SIZES[arguments.size]
+    if arguments.plot:
+        require_matplotlib()
     if arguments.size == "7b" and device.type != "cuda":
         sys.exit("The 7B shapes need a CUDA device, and there is none: pass --size scaled.")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -647,12 +660,12 @@ def main() -> None:
         if cell.group == "llava":
             results.add("agreement", partial(measure_agreement, models, kinds))
             results.add("conversation", partial(measure_conversation, models, size))
-        results.add(str(cell), partial(measure_cell, models, cell, size))
+        results.add(str(cell), partial(try_cell, models, cell, size))
 
-    text, misses = report(results, cells)
+    figures = report(results, cells)
     if arguments.plot:
         plot(results, cells, arguments.output / "generate.png")
-    results.finish(text, misses)
+    results.finish(*figures)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _measure import Results, describe_machine, median_and_range
+from _measure import Results, describe_machine, in_turn, median_and_range
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer, BatchFeature, LlavaImageProcessorPil, LlavaProcessor, ProcessorMixin
@@ -90,8 +90,7 @@ def measure_cell(backend: str, number: int, turns: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in MODELS}
     tokens = {}
     for turn in tqdm(range(turns + 1), desc=f"{backend}, {number} images", unit="turn"):
-        # Neither always comes first, so that nothing that drifts favours one
-        for name in MODELS if turn % 2 else reversed(MODELS):
+        for name in in_turn(MODELS, turn):
             start = time.perf_counter()
             output = process(processors[name], images)
             if turn:
@@ -102,8 +101,8 @@ def measure_cell(backend: str, number: int, turns: int) -> dict[str, Any]:
     return {"times": seconds, "images": number, "tokens": tokens}
 
 
-def report(results: Results, labels: list[str]) -> tuple[str, list[str]]:
-    """The figures as Markdown, and the limits that are not met."""
+def report(results: Results, labels: list[str]) -> tuple[str, list[str], int]:
+    """The figures as Markdown, the limits that are not met, and of how many parts they were checked."""
     lines = ["| images | LLaVA-SP, images/s | LLaVA, images/s | LLaVA-SP over LLaVA |", "|---|---:|---:|---:|"]
     misses = []
     for label in labels:
@@ -117,7 +116,7 @@ def report(results: Results, labels: list[str]) -> tuple[str, list[str]]:
         )
         if cell["ratio"] < RATE_LIMIT:
             misses.append(f"{label}: {cell['ratio']:.3f} x LLaVA's images/s, at least {RATE_LIMIT}")
-    return "\n".join(lines), misses
+    return "\n".join(lines), misses, len(labels)
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ def test_operations_are_those_of_the_layers(script, arms, figures):
 
 @pytest.fixture
 def machine():
-    keys = ("device", "torch", "transformers", "transformers_llava_sp", "peft")
+    keys = ("device", "cpu", "cores", "torch", "transformers", "transformers_llava_sp", "peft")
     return {**dict.fromkeys(keys, "x"), "size": "small", "repeats": 3}
 
 
@@ -147,6 +147,8 @@ def test_finished_parts_are_not_measured_again(script, machine, tmp_path):
     assert [json.loads(path.read_text())["parts"][name]["figure"] for name in ("one", "two")] == [1, 2]
     with pytest.raises(SystemExit, match="has results with device 'x', and this run has 'y'"):
         script.Results(path, {**machine, "device": "y"})
+    with pytest.raises(SystemExit, match="has results with size 'small', and this run has '7b'"):
+        script.Results(path, {**machine, "size": "7b"}, ["size"])
 
 
 @pytest.mark.parametrize(

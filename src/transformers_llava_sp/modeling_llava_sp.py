@@ -141,9 +141,10 @@ class LlavaSPCausalLMOutputWithPast(ModelOutput):
 
 class MatmulConv2d(nn.Conv2d):
     """
-    A convolution without padding as one matrix product over its windows. Kernels here are nearly as large as their
-    input, so windows are few, for which libraries' convolutions are several times slower, and their gradients tens of
-    times. The weight keeps its convolution shape `(out_channels, in_channels, size, size)`, as checkpoints store it.
+    A convolution as one matrix product over its windows. Kernels here are large and windows few: on a CPU, PyTorch's
+    own convolution takes several times as long for them, and its gradient tens of times. In training the windows are
+    kept, 13 MB for each image with the released models' details in bfloat16. There is no padding, dilation or
+    grouping. The weight keeps its shape `(out_channels, in_channels, size, size)`, as checkpoints store it.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -641,11 +642,15 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
         How many tokens images take.
 
         Args:
-            pixel_values (`torch.Tensor`): The processed images.
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): The processed images. With
+                tiles of shape `(images, tiles, channels, height, width)`.
             image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*): (height, width) of each in pixels.
 
         Returns:
-            `int` or `list[int]`: The number of tokens of each image; a list for images in tiles.
+            `int` or `list[int]`: The number of tokens of every image, or with tiles that of each.
+
+        Raises:
+            ValueError: If `image_sizes` is missing or does not fit `pixel_values`.
         """
         layouts = self.get_image_layouts(pixel_values, image_sizes)
         if layouts is None:
@@ -729,8 +734,8 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
             [`LlavaSPModelOutputWithPast`], or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: If neither or both of `input_ids` and `inputs_embeds` are passed, or if the number of
-                placeholders is not the number of image features.
+            ValueError: If neither or both of `input_ids` and `inputs_embeds` are passed, if images have another size
+                than the model takes, or if the number of placeholders is not the number of image features.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -740,10 +745,10 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
         image_features = None
         if pixel_values is not None:
             placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds).to(inputs_embeds.device)
-            # Before the images are encoded: a GPU is waited for
+            # Before the images are encoded, since the check waits for the GPU
             self.check_pixel_values(pixel_values)
             self.check_placeholders(
-                placeholder_mask, len(pixel_values), self.count_image_tokens(pixel_values, image_sizes)
+                placeholder_mask, pixel_values.shape[0], self.count_image_tokens(pixel_values, image_sizes)
             )
             image_features = self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output
             if isinstance(image_features, list):
@@ -1220,8 +1225,8 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
             [`LlavaSPCausalLMOutputWithPast`], or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: If neither or both of `input_ids` and `inputs_embeds` are passed, or if the number of
-                placeholders is not the number of image features.
+            ValueError: If neither or both of `input_ids` and `inputs_embeds` are passed, if images have another size
+                than the model takes, or if the number of placeholders is not the number of image features.
 
         Example:
 
@@ -1366,8 +1371,8 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         """
         num_tokens = self.model.count_image_tokens(pixel_values, image_sizes)
         if isinstance(num_tokens, int):
-            num_tokens = [num_tokens] * len(pixel_values)
-        self.model.check_placeholders(placeholder_mask, len(pixel_values), num_tokens)
+            num_tokens = [num_tokens] * pixel_values.shape[0]
+        self.model.check_placeholders(placeholder_mask, pixel_values.shape[0], num_tokens)
         placeholders_per_sample = placeholder_mask.sum(dim=1).cpu()
         sample_ends, image_ends = placeholders_per_sample.cumsum(0), torch.tensor([0, *num_tokens]).cumsum(0)
         if not torch.isin(sample_ends, image_ends).all():

@@ -637,7 +637,7 @@ class LlavaSPProcessor(ProcessorMixin):
         super()._check_special_mm_tokens(text, text_inputs, modalities)
         max_length = self.tokenizer.model_max_length
         for sample, input_ids in enumerate(text_inputs["input_ids"]):
-            # Padding is no part of it, but to leave it out takes time
+            # Padding does not count, but summing the mask takes time: only where it can matter
             length = len(input_ids)
             if length > max_length and "attention_mask" in text_inputs:
                 length = sum(text_inputs["attention_mask"][sample])

@@ -17,21 +17,26 @@ Makes the Auto classes know LLaVA-SP.
 `AutoModel.register` and its like need the classes, so PyTorch and most of Transformers, which take seconds to import:
 too long for a command's help, or for a server that looks through its plug-ins. Therefore the models are registered as
 Transformers registers its own, by name; the classes are imported when something asks for them. The names go into
-Transformers' tables when those are imported, which `import transformers` does not do by itself.
+Transformers' tables as soon as those are imported, which `import transformers` does not do by itself. Where they have
+been imported before this package, the classes themselves are registered, at once.
 """
 
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
-# In what module of Transformers, and in which of its tables, a type of model has which class
+# The module of `transformers.models` in which Transformers then looks for the classes
+HOME = "transformers_llava_sp"
+# What is added to Transformers' tables, by the module that they are in: for each type of model the name of its class
 NAMES = {
     "transformers.models.auto.auto_mappings": {
         "CONFIG_MAPPING_NAMES": {"llava_sp": "LlavaSPConfig", "llava_sp_projector": "LlavaSPProjectorConfig"},
         "PROCESSOR_MAPPING_NAMES": {"llava_sp": "LlavaSPProcessor"},
+        "SPECIAL_MODEL_TYPE_TO_MODULE_NAME": {"llava_sp": HOME, "llava_sp_projector": HOME},
     },
     "transformers.models.auto.modeling_auto": {
         "MODEL_MAPPING_NAMES": {"llava_sp": "LlavaSPModel", "llava_sp_projector": "LlavaSPProjector"},
@@ -39,12 +44,29 @@ NAMES = {
         "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": {"llava_sp": "LlavaSPForConditionalGeneration"},
     },
 }
-# Where Transformers looks for the classes of these types
-HOMES = ("transformers.models.llava_sp", "transformers.models.llava_sp_projector")
+
+
+class Home(ModuleType):
+    """
+    The module in which Transformers looks for the classes. Not the package itself, whose modules could then be
+    imported a second time, under Transformers' name.
+
+    Args:
+        package (`ModuleType`): What has the classes as attributes.
+    """
+
+    def __init__(self, package: ModuleType):
+        super().__init__(f"transformers.models.{HOME}", package.__doc__)
+        self._package = package
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return getattr(self._package, name)
 
 
 class NameAdder(MetaPathFinder):
-    """Finds the modules of `NAMES` as Python does, and adds the names as soon as such a module has been imported."""
+    """Finds the modules of `NAMES` as all other finders would, and adds the names when such a module is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -52,26 +74,41 @@ class NameAdder(MetaPathFinder):
         """The module's own specification, with a loader that adds the names; `None` for all other modules."""
         if fullname not in NAMES:
             return None
-        spec = PathFinder.find_spec(fullname, path, target)
+        others = (finder for finder in sys.meta_path if not isinstance(finder, NameAdder))
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_add(module: ModuleType) -> None:
                 execute(module)
-                add_names(module)
+                if module.__name__ in NAMES:
+                    add_names(module)
 
             spec.loader.exec_module = execute_and_add  # type: ignore[method-assign]
         return spec
 
 
 def add_names(module: ModuleType) -> None:
-    """Add the names to the tables of one of Transformers' modules."""
+    """
+    Add the names to the tables of one of Transformers' modules.
+
+    Args:
+        module (`ModuleType`): One of `NAMES`.
+
+    Raises:
+        ImportError: If it does not have the tables of the releases that this package knows.
+    """
     for table, names in NAMES[module.__name__].items():
+        if not hasattr(module, table):
+            raise ImportError(
+                f"{module.__name__} has no {table}, where LLaVA-SP registers itself: this Transformers is newer than "
+                "this transformers-llava-sp knows. Upgrade transformers-llava-sp, or take an older Transformers."
+            )
         getattr(module, table).update(names)
 
 
 def register_classes() -> None:
-    """Register the classes themselves, for tables that have been read already."""
+    """Register the classes themselves, for mappings that have been made of the tables already."""
     from transformers import (
         AutoConfig,
         AutoModel,
@@ -95,14 +132,15 @@ def register_classes() -> None:
 
 def register(package: ModuleType) -> None:
     """
-    Make the Auto classes know LLaVA-SP, whether they have been imported or not. Doing it again changes nothing.
+    Make the Auto classes know LLaVA-SP, whether they have been imported or not.
 
     Args:
         package (`ModuleType`): What has the classes as attributes.
     """
-    if NAMES.keys() & sys.modules.keys():
-        register_classes()
-        return
-    sys.modules.update(dict.fromkeys(HOMES, package))
+    sys.modules[f"transformers.models.{HOME}"] = Home(package)
     if not any(isinstance(finder, NameAdder) for finder in sys.meta_path):
         sys.meta_path.insert(0, NameAdder())
+    if imported := [sys.modules[name] for name in NAMES if name in sys.modules]:
+        for module in imported:
+            add_names(module)
+        register_classes()
