@@ -173,7 +173,7 @@ def test_adapter_of_a_tiny_model_merges(tmp_path, monkeypatch):
     options = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
     for command in (
         ["train", "lora", *options],
-        ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--base-model", "tiny-pooling"],
+        ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")],
     ):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
@@ -191,6 +191,7 @@ def start(script: str, *arguments: str, cwd: Path | None = None) -> str:
         cwd=cwd,
         capture_output=True,
         text=True,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
@@ -270,7 +271,7 @@ def test_demo_draws_in_the_terminal(monkeypatch):
 @pytest.mark.slow
 def test_model_is_trained_and_written_as_it_is_shipped(tmp_path):
     sizes = ["--tower-scenes", "128", "--tower-epochs", "1", "--scenes", "32", "--test-scenes", "3"]
-    arguments = ("tiny/train_model.py", "pooling", str(tmp_path), *sizes, "--training-scenes", "100")
+    arguments = ("tiny/train_model.py", "pooling", str(tmp_path), *sizes)
     card = start(*arguments)
     folder = tmp_path / "tiny-pooling"
     shipped = Path(tiny_model_path("pooling"))
@@ -294,12 +295,20 @@ def test_model_is_trained_and_written_as_it_is_shipped(tmp_path):
     assert [each.stat().st_ino for each in made] == before
     with pytest.raises(AssertionError, match=r"tower was made with .*: remove it, or take another folder"):
         start(*arguments, "--seed", "1")
+    # Nor is anything kept that was made from something else
+    for name in ("scenes", "scenes.options.json"):
+        (tmp_path / name).rename(tmp_path / f"old-{name}")
+    with pytest.raises(AssertionError, match=r"trained was made with .*: remove it, or take another folder"):
+        start(*arguments, "--scenes", "40")
+    for name in ("scenes", "scenes.options.json"):
+        shutil.rmtree(tmp_path / name) if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
+        (tmp_path / f"old-{name}").rename(tmp_path / name)
 
-    compare = ("--seeds", "0", "--scenes", "16", "--test-scenes", "3", "--plot", str(tmp_path / "compare.png"))
+    compare = ("--seeds", "0", "--scenes", "16", "--test-scenes", "3", "--plot", str(tmp_path / "compare.svg"))
     tables = start("tiny/compare.py", str(tmp_path), *compare)
     assert tables.startswith("| test | blind | cropping | pooling | queries | patches |")
     results = [json.loads(file.read_text()) for file in sorted((tmp_path / "compare").glob("*-0.json"))]
     sizes = [result["projector_parameters"] for result in results]
     assert len(sizes) == 4
     assert max(sizes) <= 1.05 * min(sizes)
-    assert (tmp_path / "compare.png").stat().st_size > 0
+    assert (tmp_path / "compare.svg").stat().st_size > 0
