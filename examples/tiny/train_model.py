@@ -79,7 +79,7 @@ what training has never shown, four pairs of a colour and a shape, three triangl
 
 with seed {{ seed }}: at first a CLIP vision tower, on {{ tower_scenes }} scenes {{ tower_epochs }} times, to tell what
 lies where patch by patch, the heads for which were dropped; then, around it, projector and language model, on
-{{ scenes }} scenes with about eight questions each. Transformers {{ transformers }}, PyTorch {{ torch }},
+{{ scenes }} scenes with about eight questions each{{ rounds }}. Transformers {{ transformers }}, PyTorch {{ torch }},
 {{ device }}. `training_log.json` has the course of it.
 """
 
@@ -195,12 +195,13 @@ def write_release(output: Path, model: Path, logs: dict[str, Path], arguments: a
         command=(
             f"python examples/tiny/train_model.py {arguments.variant} work/tiny --seed {arguments.seed} "
             f"--tower-scenes {arguments.tower_scenes} --tower-epochs {arguments.tower_epochs} "
-            f"--scenes {arguments.scenes} --test-scenes {arguments.test_scenes}"
+            f"--scenes {arguments.scenes} --rounds {arguments.rounds} --test-scenes {arguments.test_scenes}"
         ),
         seed=arguments.seed,
         tower_scenes=f"{arguments.tower_scenes:,}",
         tower_epochs=f"{arguments.tower_epochs:g}",
         scenes=f"{arguments.scenes:,}",
+        rounds=f", {arguments.rounds} times with the learning rate's whole course" if arguments.rounds > 1 else "",
         transformers=transformers.__version__,
         torch=torch.__version__,
         device=accelerator.type if accelerator else f"one thread of a CPU ({platform.machine()})",
@@ -215,26 +216,35 @@ def main() -> None:
     parser.add_argument("--tower-scenes", type=int, default=30_000)
     parser.add_argument("--tower-epochs", type=float, default=6)
     parser.add_argument("--scenes", type=int, default=160_000, help="to train the model on")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="how often, each time from where the last one ended (default: 1)"
+    )
     parser.add_argument("--test-scenes", type=int, default=500, help="of each split")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    if min(arguments.tower_scenes, arguments.scenes, arguments.test_scenes) < 1:
-        parser.error("at least one scene is needed of each kind")
+    if min(arguments.tower_scenes, arguments.scenes, arguments.test_scenes, arguments.rounds) < 1:
+        parser.error("at least one scene of each kind and one round are needed")
     work, seed = arguments.output, arguments.seed
     tower, own = work / "tower", work / arguments.variant
     own.mkdir(parents=True, exist_ok=True)
     size = {"scenes": arguments.tower_scenes, "epochs": arguments.tower_epochs}
     run(tower, HERE / "train_tower.py", tower, **size, seed=seed)
-    model, data, trained = own / "start", work / "scenes", own / "trained"
+    model, data = own / "start", work / "scenes"
     start = {"spatial_variant": arguments.variant, "seed": seed}
     run(model, HERE / "make_model.py", tower, model, sources=[tower], **start)
     run(data, HERE / "scenes.py", data, split="train", scenes=arguments.scenes)
     recipe = HERE / "train.yaml"
     train = ("-m", "transformers_llava_sp.cli", "train", recipe)
-    source = ("--model_name_or_path", model, "--train_data", data / "train.json", "--image_folder", data)
-    run(trained, *train, *source, "--output_dir", trained, sources=[model, data, recipe], seed=seed)
-    logs = {"tower": tower, "model": trained}
+    logs = {"tower": tower}
+    for number in range(arguments.rounds):
+        name = f"trained-{number + 1}" if number else "trained"
+        trained = own / name
+        source = ("--model_name_or_path", model, "--train_data", data / "train.json", "--image_folder", data)
+        # In another order each time
+        order = {"seed": seed + number}
+        run(trained, *train, *source, "--output_dir", trained, sources=[model, data, recipe], **order)
+        logs[name] = model = trained
     release = once(
         work / f"tiny-{arguments.variant}",
         lambda folder: write_release(folder, trained, logs, arguments),
