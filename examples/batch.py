@@ -11,15 +11,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from transformers_llava_sp.tiny_models import resolve_model_name
+from transformers_llava_sp import tiny_model_path
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("model", nargs="?", default="tiny-cropping", help="a folder, a Hub id or a tiny model's name")
+parser.add_argument("model", nargs="?", default=tiny_model_path(), help="a folder or a Hub id")
 parser.add_argument("--image", default=str(Path(__file__).with_name("shapes.png")), help="a file or a URL")
 parser.add_argument("--question", action="append", help="repeat for more")
 arguments = parser.parse_args()
-model_name = resolve_model_name(arguments.model)
 questions = arguments.question or [
     "What colour is the circle?",
     "How many objects are there?",
@@ -28,8 +27,8 @@ questions = arguments.question or [
 ]
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-model = AutoModelForImageTextToText.from_pretrained(model_name).to(device)
-processor = AutoProcessor.from_pretrained(model_name)
+model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(device)
+processor = AutoProcessor.from_pretrained(arguments.model)
 conversations = [
     [{"role": "user", "content": [{"type": "image", "image": arguments.image}, {"type": "text", "text": question}]}]
     for question in questions

@@ -11,20 +11,19 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
-from transformers_llava_sp.tiny_models import resolve_model_name
+from transformers_llava_sp import tiny_model_path
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("model", nargs="?", default="tiny-cropping", help="a folder, a Hub id or a tiny model's name")
+parser.add_argument("model", nargs="?", default=tiny_model_path(), help="a folder or a Hub id")
 parser.add_argument("--image", default=str(Path(__file__).with_name("shapes.png")), help="a file or a URL")
 parser.add_argument("--question", action="append", help="the turns, one after the other")
 arguments = parser.parse_args()
-model_name = resolve_model_name(arguments.model)
 questions = arguments.question or ["How many objects are there?", "Where is the circle?", "Describe the image."]
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-model = AutoModelForImageTextToText.from_pretrained(model_name).to(device)
-processor = AutoProcessor.from_pretrained(model_name)
+model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(device)
+processor = AutoProcessor.from_pretrained(arguments.model)
 cache = DynamicCache(config=model.config)
 messages = []
 for question in questions:
@@ -34,7 +33,8 @@ for question in questions:
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(model.device, model.dtype)
     if cache.get_seq_length() > 0:
-        # The cache has what the model made of it
+        # The cache has what the model made of it. It also has the answers, so they must become the tokens again that
+        # they were: those of this model do
         del inputs["pixel_values"]
     with torch.inference_mode():
         outputs = model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=64)

@@ -10,17 +10,16 @@ from pathlib import Path
 
 from transformers import pipeline
 
-from transformers_llava_sp.tiny_models import resolve_model_name
+from transformers_llava_sp import tiny_model_path
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("model", nargs="?", default="tiny-cropping", help="a folder, a Hub id or a tiny model's name")
+parser.add_argument("model", nargs="?", default=tiny_model_path(), help="a folder or a Hub id")
 parser.add_argument("--image", default=str(Path(__file__).with_name("shapes.png")), help="a file or a URL")
 parser.add_argument("--question", default="Describe the image.")
 arguments = parser.parse_args()
-model_name = resolve_model_name(arguments.model)
 
-pipe = pipeline("image-text-to-text", model=model_name)
+pipe = pipeline("image-text-to-text", model=arguments.model)
 content = [{"type": "image", "image": arguments.image}, {"type": "text", "text": arguments.question}]
 [result] = pipe([{"role": "user", "content": content}], max_new_tokens=64, return_full_text=False)
 print(result["generated_text"].strip())

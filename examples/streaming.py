@@ -6,25 +6,24 @@ An answer as it comes: `generate` runs in a thread, and its words arrive one aft
 """
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
 
-from transformers_llava_sp.tiny_models import resolve_model_name
+from transformers_llava_sp import tiny_model_path
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("model", nargs="?", default="tiny-cropping", help="a folder, a Hub id or a tiny model's name")
+parser.add_argument("model", nargs="?", default=tiny_model_path(), help="a folder or a Hub id")
 parser.add_argument("--image", default=str(Path(__file__).with_name("shapes.png")), help="a file or a URL")
 parser.add_argument("--question", default="Describe the image.")
 arguments = parser.parse_args()
-model_name = resolve_model_name(arguments.model)
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-model = AutoModelForImageTextToText.from_pretrained(model_name).to(device)
-processor = AutoProcessor.from_pretrained(model_name)
+model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(device)
+processor = AutoProcessor.from_pretrained(arguments.model)
 content = [{"type": "image", "image": arguments.image}, {"type": "text", "text": arguments.question}]
 inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}],
@@ -43,9 +42,9 @@ def answer() -> None:
         streamer.end()  # or the loop below would wait for ever after an error
 
 
-thread = Thread(target=answer)
-thread.start()
-for words in streamer:
-    print(words, end="", flush=True)
-print()
-thread.join()
+with ThreadPoolExecutor() as executor:
+    generation = executor.submit(answer)
+    for words in streamer:
+        print(words, end="", flush=True)
+    print()
+    generation.result()  # raises what went wrong

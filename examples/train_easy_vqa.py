@@ -1,6 +1,6 @@
 """
 Training on a public data set, easy-VQA: pictures of one coloured shape, and questions about it. From the tiny model
-that comes with the package, which has seen neither these pictures nor these words:
+that comes with the package, which has seen none of these pictures, and not all of these words:
 
     pip install ".[train]" && pip install --no-deps easy-vqa   # and for --load-in-4bit the extra quantization
     python examples/train_easy_vqa.py prepare work --model tiny-cropping
@@ -201,7 +201,11 @@ def answer_all(
             for question, image in batch
         ]
         inputs = processor.apply_chat_template(
-            conversations, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
         )
         ids = model.generate(**inputs.to(model.device), do_sample=False, max_new_tokens=8)
         found += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

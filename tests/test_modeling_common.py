@@ -53,10 +53,11 @@ def test_public_names():
         "LlavaSPProjector",
         "LlavaSPProjectorConfig",
         "__version__",
+        "tiny_model_path",
     ]
     modules = (configuration_llava_sp, modeling_llava_sp, processing_llava_sp)
     from_modules = [name for module in modules for name in module.__all__]
-    assert sorted([*from_modules, "__version__"]) == sorted(transformers_llava_sp.__all__)
+    assert sorted([*from_modules, "__version__", "tiny_model_path"]) == sorted(transformers_llava_sp.__all__)
     for name in transformers_llava_sp.__all__:
         assert hasattr(transformers_llava_sp, name), name
 

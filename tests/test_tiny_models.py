@@ -130,10 +130,13 @@ def test_weights_answer_as_the_results_say(variant, monkeypatch):
     reported = json.loads((Path(tiny_model_path(variant)) / "results.json").read_text())
     loaded = load(f"tiny-{variant}")
     for split in ("test", "held_out"):
-        scores, _ = evaluate(*loaded, split=split, scenes=25, baseline=BlindBaseline(training_questions(10)))
-        # A few of the scenes, so not quite the same
-        expected = reported[split]["mean, without captions"]["exact_match"]
-        assert average(scores).exact_match == pytest.approx(expected, abs=0.06)
+        scores, _ = evaluate(*loaded, split=split, scenes=60, baseline=BlindBaseline(training_questions(10)))
+        # A few of the scenes, so not quite the same: within four standard deviations
+        kinds = {each.kind: each.number for each in scores if each.kind != "caption"}
+        shares = {kind: reported[split][kind]["exact_match"] for kind in kinds}
+        variance = sum(share * (1 - share) / kinds[kind] for kind, share in shares.items()) / len(kinds) ** 2
+        expected = sum(shares.values()) / len(shares)
+        assert average(scores).exact_match == pytest.approx(expected, abs=4 * variance**0.5)
 
 
 def test_folder_of_a_tiny_models_name_comes_first(tmp_path, monkeypatch):
@@ -173,7 +176,7 @@ def test_adapter_of_a_tiny_model_merges(tmp_path, monkeypatch):
     options = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
     for command in (
         ["train", "lora", *options],
-        ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--base-model", "tiny-pooling"],
+        ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")],
     ):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
@@ -191,6 +194,7 @@ def start(script: str, *arguments: str, cwd: Path | None = None) -> str:
         cwd=cwd,
         capture_output=True,
         text=True,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
@@ -269,8 +273,8 @@ def test_demo_draws_in_the_terminal(monkeypatch):
 
 @pytest.mark.slow
 def test_model_is_trained_and_written_as_it_is_shipped(tmp_path):
-    sizes = ["--tower-scenes", "128", "--tower-epochs", "1", "--scenes", "32", "--test-scenes", "3"]
-    arguments = ("tiny/train_model.py", "pooling", str(tmp_path), *sizes, "--training-scenes", "100")
+    sizes = ["--tower-scenes", "128", "--tower-epochs", "1", "--scenes", "32", "--rounds", "2", "--test-scenes", "3"]
+    arguments = ("tiny/train_model.py", "pooling", str(tmp_path), *sizes)
     card = start(*arguments)
     folder = tmp_path / "tiny-pooling"
     shipped = Path(tiny_model_path("pooling"))
@@ -280,13 +284,13 @@ def test_model_is_trained_and_written_as_it_is_shipped(tmp_path):
     assert config == shipped_config
     assert f"--scenes {sizes[5]}" in card
     log = json.loads((folder / "training_log.json").read_text())
-    assert log.keys() == {"tower", "model"}
+    assert log.keys() == {"tower", "trained", "trained-2"}
     results = json.loads((folder / "results.json").read_text())
     assert results.keys() == {"validation", "test", "held_out"}
     assert json.loads((shipped / "results.json").read_text()).keys() == results.keys()
 
     # What is finished is not done again, and what a killed run has left is
-    made = [tmp_path / name for name in ("tower", "scenes", "pooling/start", "pooling/trained")]
+    made = [tmp_path / name for name in ("tower", "scenes", "pooling/start", "pooling/trained", "pooling/trained-2")]
     before = [each.stat().st_ino for each in made]
     shutil.rmtree(folder)
     (tmp_path / "_tiny-pooling").mkdir()
@@ -294,12 +298,20 @@ def test_model_is_trained_and_written_as_it_is_shipped(tmp_path):
     assert [each.stat().st_ino for each in made] == before
     with pytest.raises(AssertionError, match=r"tower was made with .*: remove it, or take another folder"):
         start(*arguments, "--seed", "1")
+    # Nor is anything kept that was made from something else
+    for name in ("scenes", "scenes.options.json"):
+        (tmp_path / name).rename(tmp_path / f"old-{name}")
+    with pytest.raises(AssertionError, match=r"trained was made with .*: remove it, or take another folder"):
+        start(*arguments, "--scenes", "40")
+    for name in ("scenes", "scenes.options.json"):
+        shutil.rmtree(tmp_path / name) if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
+        (tmp_path / f"old-{name}").rename(tmp_path / name)
 
-    compare = ("--seeds", "0", "--scenes", "16", "--test-scenes", "3", "--plot", str(tmp_path / "compare.png"))
+    compare = ("--seeds", "0", "--scenes", "16", "--test-scenes", "3", "--plot", str(tmp_path / "compare.svg"))
     tables = start("tiny/compare.py", str(tmp_path), *compare)
-    assert tables.startswith("| test | blind | cropping | pooling | queries | patches |")
+    assert "| test | blind | cropping | pooling | queries | patches |" in tables
     results = [json.loads(file.read_text()) for file in sorted((tmp_path / "compare").glob("*-0.json"))]
     sizes = [result["projector_parameters"] for result in results]
     assert len(sizes) == 4
     assert max(sizes) <= 1.05 * min(sizes)
-    assert (tmp_path / "compare.png").stat().st_size > 0
+    assert (tmp_path / "compare.svg").stat().st_size > 0

@@ -33,7 +33,7 @@ from transformers_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProces
 from transformers_llava_sp.modeling_llava_sp import LlavaSPProjectorOutput
 from transformers_llava_sp.training import LlavaSPDataCollator, drop_long_records, load_conversations, prepare_full
 from transformers_llava_sp.training.trainer import LlavaSPTrainer, LlavaSPTrainingArguments
-from transformers_llava_sp.visualization import check_output, require_matplotlib
+from transformers_llava_sp.visualization import check_output, require_matplotlib, save_figure
 
 
 SPLITS = ("test", "held_out")
@@ -191,7 +191,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
         axes.set(title=split, ylabel="exact match, %", ylim=(0, 101), xticks=range(len(kinds)), xticklabels=kinds)
         axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="lower left", ncols=len(names) + 1)
-    figure.savefig(file, metadata={"Software": None})
+    save_figure(figure, file)
 
 
 def main() -> None:
@@ -217,6 +217,7 @@ def main() -> None:
     output = arguments.output / "compare"
     output.mkdir(exist_ok=True)
     options = {"scenes": arguments.scenes, "test_scenes": arguments.test_scenes}
+    sources = [tower, data, HERE / "train.yaml"]
     results = []
     for seed, name in product(arguments.seeds, arguments.projectors):
 
@@ -224,7 +225,8 @@ def main() -> None:
             result = train_model(name, seed, tower, data, **options)
             unfinished.write_text(json.dumps(result, indent=1) + "\n")
 
-        results.append(json.loads(once(output / f"{name}-{seed}.json", make, **options).read_text()))
+        file = once(output / f"{name}-{seed}.json", make, sources, **options)
+        results.append(json.loads(file.read_text()))
     for split in SPLITS:
         print(to_table(results, split), end="\n\n")
     if arguments.plot is not None:

@@ -28,7 +28,7 @@ from transformers import pipeline
 
 from transformers_llava_sp import tiny_model_path
 from transformers_llava_sp.visualization import draw as draw_explanation
-from transformers_llava_sp.visualization import explain, save_figure
+from transformers_llava_sp.visualization import explain, require_matplotlib, save_figure
 
 
 OUTPUT = Path("build", "demo")
@@ -80,13 +80,15 @@ def to_terminal(image: Image.Image, true_colour: bool = True, columns: int = COL
 
 def print_picture(image: Image.Image) -> None:
     """Draw a picture in the terminal, if there is one that can."""
-    true_colour = os.environ.get("COLORTERM") in ("truecolor", "24bit")
-    if sys.stdout.isatty() and (true_colour or "256color" in os.environ.get("TERM", "")):
+    true_colour = os.environ.get("COLORTERM") in ("truecolor", "24bit") or "WT_SESSION" in os.environ
+    coloured = true_colour or "256color" in os.environ.get("TERM", "")
+    if sys.stdout.isatty() and coloured and sys.stdout.encoding.lower().startswith("utf"):
         print(to_terminal(image, true_colour))
 
 
 def show(variant: str, seed: int) -> None:
     """Ask about the picture of a seed, and draw what the spatial tokens see."""
+    require_matplotlib()
     _, image, questions = make_demo(seed)
     OUTPUT.mkdir(parents=True, exist_ok=True)
     image.save(OUTPUT / "scene.png")

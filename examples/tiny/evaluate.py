@@ -243,7 +243,7 @@ if __name__ == "__main__":
     parser.add_argument("--split", default="test", choices=[split for split in SPLITS if split != "train"])
     parser.add_argument("--scenes", type=int, default=500, help="how many scenes to ask about")
     parser.add_argument("--seed", type=int, default=0, help="the seed of those scenes")
-    parser.add_argument("--training-scenes", type=int, default=30_000, help="how many the blind baseline knows")
+    parser.add_argument("--training-scenes", type=int, default=160_000, help="how many the blind baseline knows")
     parser.add_argument("--training-seed", type=int, default=0, help="the seed of the training scenes")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

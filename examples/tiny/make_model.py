@@ -22,7 +22,9 @@ from transformers_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProces
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ message['content'] }}{{ '\n' }}"
-    "{% else %}{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}{% endif %}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ raise_exception('only the roles user and assistant are known, not ' ~ message['role']) }}{% endif %}"
     "{% endfor %}"
 )
 VOCABULARY_SIZE = 400

@@ -19,7 +19,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ from huggingface_hub import ModelCard
 
 HERE = Path(__file__).parent
 SPLITS = ("validation", "test", "held_out")
-# Left out of what is shipped: the model's code, which the package is itself, where configurations name it, and what
-# else a training leaves
+# Left out of what is shipped: the model's code, which the package is itself, and what else a training leaves
 UNSHIPPED = ("*.py", "*.bin", "trainer_state.json", "README.md")
-AUTO_MAP = "auto_map"
+# Of configurations: where the code is, that the cache was off in training, and where the tokenizer came from
+UNSHIPPED_SETTINGS = ("auto_map", "use_cache", "is_local", "local_files_only")
 # Of what Trainer logs, what tells how the training went
 LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "train_runtime")
 
@@ -63,9 +64,8 @@ pipe = pipeline("image-text-to-text", model=tiny_model_path("{{ variant }}"))
 ## What it can do
 
 Exact match of greedy answers, each to a question by itself. *Blind baseline*: the most frequent answer to that very
-question in the first {{ known }} training scenes, or to its kind of question where there is none. *held_out*: scenes
-and questions about what training has never shown, four pairs of a colour and a shape, three triangles and three purple
-objects.
+question in the training scenes, or to its kind of question where there is none. *held_out*: scenes and questions about
+what training has never shown, four pairs of a colour and a shape, three triangles and three purple objects.
 {% for split, scores in tables.items() %}
 ### {{ split }}, {{ test_scenes }} scenes
 
@@ -79,21 +79,35 @@ objects.
 
 with seed {{ seed }}: at first a CLIP vision tower, on {{ tower_scenes }} scenes {{ tower_epochs }} times, to tell what
 lies where patch by patch, the heads for which were dropped; then, around it, projector and language model, on
-{{ scenes }} scenes with about nine questions each. Transformers {{ transformers }}, PyTorch {{ torch }},
+{{ scenes }} scenes with about eight questions each{{ rounds }}. Transformers {{ transformers }}, PyTorch {{ torch }},
 {{ device }}. `training_log.json` has the course of it.
 """
 
 
-def once(output: Path, make: Callable[[Path], None], **options: Any) -> Path:
+def note_of(output: Path) -> Path:
+    """The file that says what a file or folder depends on."""
+    return output.with_name(f"{output.name}.options.json")
+
+
+def once(output: Path, make: Callable[[Path], None], sources: Sequence[Path] = (), **options: Any) -> Path:
     """
     Make a file or a folder, unless an earlier run has finished it. It gets its name when it is whole.
 
     Args:
         output (`Path`): The file or folder.
         make (`Callable`): Makes it, where it is told to.
-        options (*optional*): What it depends on. Noted beside it; one that was made with others is refused.
+        sources (`Sequence[Path]`, *optional*): What it is made from: other such files and folders, or a recipe.
+        options (*optional*): What it depends on. Noted beside it, and what its sources depend on; one that was made
+            with others is refused.
     """
-    note = output.with_name(f"{output.name}.options.json")
+    made_from = {
+        source.name: sha256(source.read_bytes()).hexdigest()[:16]
+        if source.is_file()
+        else json.loads(note_of(source).read_text())
+        for source in sources
+    }
+    options = {**options, "sources": made_from} if made_from else options
+    note = note_of(output)
     if output.exists():
         before = json.loads(note.read_text())
         if before != options:
@@ -109,13 +123,14 @@ def once(output: Path, make: Callable[[Path], None], **options: Any) -> Path:
     return output
 
 
-def run(output: Path, *arguments: Any, **options: Any) -> None:
+def run(output: Path, *arguments: Any, sources: Sequence[Path] = (), **options: Any) -> None:
     """
     Run a script with this Python to make a folder, unless it exists, and print the command.
 
     Args:
         output (`Path`): The folder.
         arguments: The script and its arguments, among them the folder.
+        sources (`Sequence[Path]`, *optional*): As of [`once`].
         options (*optional*): As of [`once`]; they are passed on, too.
     """
 
@@ -126,7 +141,7 @@ def run(output: Path, *arguments: Any, **options: Any) -> None:
         # Small matrices: more threads would only wait for each other
         subprocess.run([sys.executable, *command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    once(output, make, **options)
+    once(output, make, sources, **options)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -139,7 +154,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 def evaluate_splits(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The scores of a model on each split."""
-    baseline = BlindBaseline(training_questions(arguments.training_scenes))
+    baseline = BlindBaseline(training_questions(arguments.scenes))
     loaded = load(model)
     return {
         split: evaluate(*loaded, split=split, scenes=arguments.test_scenes, baseline=baseline)[0] for split in SPLITS
@@ -154,8 +169,9 @@ def write_release(output: Path, model: Path, logs: dict[str, Path], arguments: a
     (output / "model.safetensors").chmod(0o644)
     for file in output.glob("*config.json"):
         settings = json.loads(file.read_text())
-        if settings.pop(AUTO_MAP, None) is not None:
-            file.write_text(json.dumps(settings, indent=2) + "\n")
+        kept = {key: value for key, value in settings.items() if key not in UNSHIPPED_SETTINGS}
+        if kept != settings:
+            file.write_text(json.dumps(kept, indent=2) + "\n")
     log = {stage: read_log(folder) for stage, folder in logs.items()}
     (output / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
     shares = {
@@ -167,26 +183,25 @@ def write_release(output: Path, model: Path, logs: dict[str, Path], arguments: a
     }
     (output / "results.json").write_text(json.dumps(shares, indent=1) + "\n")
     name = f"tiny-{arguments.variant}"
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     card = ModelCard.from_template(
         card_data=ModelCard(CARD).data,
         template_str=CARD,
         name=name,
         variant=arguments.variant,
         parameters=f"{load(model)[0].num_parameters():,}",
-        known=f"{arguments.training_scenes:,}",
         test_scenes=f"{arguments.test_scenes:,}",
         tables={split: to_markdown(scores) for split, scores in results.items()},
         command=(
             f"python examples/tiny/train_model.py {arguments.variant} work/tiny --seed {arguments.seed} "
             f"--tower-scenes {arguments.tower_scenes} --tower-epochs {arguments.tower_epochs} "
-            f"--scenes {arguments.scenes} --test-scenes {arguments.test_scenes} "
-            f"--training-scenes {arguments.training_scenes}"
+            f"--scenes {arguments.scenes} --rounds {arguments.rounds} --test-scenes {arguments.test_scenes}"
         ),
         seed=arguments.seed,
         tower_scenes=f"{arguments.tower_scenes:,}",
         tower_epochs=f"{arguments.tower_epochs:g}",
         scenes=f"{arguments.scenes:,}",
+        rounds=f", {arguments.rounds} times with the learning rate's whole course" if arguments.rounds > 1 else "",
         transformers=transformers.__version__,
         torch=torch.__version__,
         device=accelerator.type if accelerator else f"one thread of a CPU ({platform.machine()})",
@@ -201,30 +216,40 @@ def main() -> None:
     parser.add_argument("--tower-scenes", type=int, default=30_000)
     parser.add_argument("--tower-epochs", type=float, default=6)
     parser.add_argument("--scenes", type=int, default=160_000, help="to train the model on")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="how often, each time from where the last one ended (default: 1)"
+    )
     parser.add_argument("--test-scenes", type=int, default=500, help="of each split")
-    parser.add_argument("--training-scenes", type=int, default=30_000, help="how many the blind baseline knows")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    if min(arguments.tower_scenes, arguments.scenes, arguments.test_scenes, arguments.training_scenes) < 1:
-        parser.error("at least one scene is needed of each kind")
+    if min(arguments.tower_scenes, arguments.scenes, arguments.test_scenes, arguments.rounds) < 1:
+        parser.error("at least one scene of each kind and one round are needed")
     work, seed = arguments.output, arguments.seed
     tower, own = work / "tower", work / arguments.variant
     own.mkdir(parents=True, exist_ok=True)
     size = {"scenes": arguments.tower_scenes, "epochs": arguments.tower_epochs}
     run(tower, HERE / "train_tower.py", tower, **size, seed=seed)
-    model, data, trained = own / "start", work / "scenes", own / "trained"
-    run(model, HERE / "make_model.py", tower, model, spatial_variant=arguments.variant, seed=seed)
+    model, data = own / "start", work / "scenes"
+    start = {"spatial_variant": arguments.variant, "seed": seed}
+    run(model, HERE / "make_model.py", tower, model, sources=[tower], **start)
     run(data, HERE / "scenes.py", data, split="train", scenes=arguments.scenes)
-    train = ("-m", "transformers_llava_sp.cli", "train", HERE / "train.yaml")
-    source = ("--model_name_or_path", model, "--train_data", data / "train.json", "--image_folder", data)
-    run(trained, *train, *source, "--output_dir", trained, seed=seed)
-    logs = {"tower": tower, "model": trained}
+    recipe = HERE / "train.yaml"
+    train = ("-m", "transformers_llava_sp.cli", "train", recipe)
+    logs = {"tower": tower}
+    for number in range(arguments.rounds):
+        name = f"trained-{number + 1}" if number else "trained"
+        trained = own / name
+        source = ("--model_name_or_path", model, "--train_data", data / "train.json", "--image_folder", data)
+        # In another order each time
+        order = {"seed": seed + number}
+        run(trained, *train, *source, "--output_dir", trained, sources=[model, data, recipe], **order)
+        logs[name] = model = trained
     release = once(
         work / f"tiny-{arguments.variant}",
         lambda folder: write_release(folder, trained, logs, arguments),
+        sources=[trained],
         test_scenes=arguments.test_scenes,
-        training_scenes=arguments.training_scenes,
     )
     print((release / "README.md").read_text())
 

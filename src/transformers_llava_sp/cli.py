@@ -301,9 +301,7 @@ def train(
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A checkpoint: a folder, a Hub id[@revision], tiny-cropping or tiny-pooling.")
-    ],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint: a folder or a Hub id[@revision].")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say what a checkpoint is, without loading its weights. The exit status is 1 if it cannot be converted."""

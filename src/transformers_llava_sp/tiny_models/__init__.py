@@ -55,6 +55,6 @@ def resolve_model_name(name: str) -> str:
     Args:
         name (`str`): A folder, a Hub id or the name of a tiny model. A folder comes first.
     """
-    if name in TINY_MODELS and not Path(name).exists():
+    if name in TINY_MODELS and not Path(name).is_dir():
         return tiny_model_path(TINY_MODELS[name])
     return name
