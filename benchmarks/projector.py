@@ -14,12 +14,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from _measure import (
     Clock,
     Results,
@@ -95,6 +96,30 @@ def mixed_path(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> torch.T
         return spatial_path(projector, patch_grid)
 
 
+@cache
+def pooling_matrix(grid_size: int, scales: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Pools a grid to all sizes at once: of shape `(patches, positions of all pooled maps)`."""
+    grids = torch.eye(grid_size**2, device=device).unflatten(1, (grid_size, grid_size))
+    return torch.cat([F.adaptive_avg_pool2d(grids, size).flatten(1) for size in scales], dim=1).to(dtype)
+
+
+def matrix_path(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> torch.Tensor:
+    """[`spatial_path`] of pooled maps that are all made by one product with a fixed matrix."""
+    extractor = projector.spatial_feature_extractor
+    scales = extractor.spatial_scales
+    matrix = pooling_matrix(patch_grid.shape[-1], tuple(scales), patch_grid.dtype, patch_grid.device)
+    maps = (patch_grid.flatten(2) @ matrix).split([size**2 for size in scales], dim=2)
+    features = torch.stack(
+        [
+            F.linear(pooled.flatten(1), convolution.weight.flatten(1))
+            for pooled, convolution in zip(maps, extractor.convolutions, strict=True)
+        ],
+        dim=1,
+    )
+    features, _ = projector.detail_feature_integrator(features, patch_grid)
+    return projector.spatial_projection(projector.spatial_act(features))
+
+
 def spatial_weights(projector: LlavaSPProjector) -> list[nn.Parameter]:
     return [weight for name, weight in projector.named_parameters() if not name.startswith("patch_mlp")]
 
@@ -105,6 +130,12 @@ def read_weights(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> torch
 
 
 PATHS = {"llava-sp": spatial_path, "conv2d": plain_path, "conv2d for details": mixed_path, "reading": read_weights}
+# Of pooling alone
+POOLING_PATHS = {**PATHS, "pooling by a matrix": matrix_path}
+
+
+def paths_of(projector: LlavaSPProjector) -> dict[str, Callable[[LlavaSPProjector, torch.Tensor], torch.Tensor]]:
+    return POOLING_PATHS if projector.config.spatial_variant == "pooling" else PATHS
 
 
 def make_projector(size: str, variant: str, dtype: torch.dtype, device: torch.device) -> LlavaSPProjector:
@@ -152,18 +183,19 @@ def measure_cell(
     """
     clock = Clock(projector.device)
     patch_grid = make_grid(projector, batch_size)
+    paths = paths_of(projector)
     # To warm up
-    outputs = {name: path(projector, patch_grid).float() for name, path in PATHS.items()}
+    outputs = {name: path(projector, patch_grid).float() for name, path in paths.items()}
     difference = (outputs["llava-sp"] - outputs["conv2d"]).abs().max() / outputs["conv2d"].abs().max()
-    times: dict[str, list[float]] = {name: [] for name in PATHS}
+    times: dict[str, list[float]] = {name: [] for name in paths}
     with tqdm(total=repeats, desc=label, unit="turn") as progress:
         for turn in range(repeats):
             if turn >= 3 and sum(map(sum, times.values())) > seconds * 1e3:
                 break
-            for name in in_turn(PATHS, turn):
+            for name in in_turn(paths, turn):
                 synchronize(projector.device)
                 start = clock.mark()
-                PATHS[name](projector, patch_grid)
+                paths[name](projector, patch_grid)
                 end = clock.mark()
                 synchronize(projector.device)
                 times[name].append(clock.milliseconds(start, end))
@@ -191,6 +223,7 @@ def summarise(cell: dict[str, Any], rate: float) -> dict[str, Any]:
         "speedup": statistics.median(speedups),
         "speedups": speedups,
         "details_speedup": statistics.median(over("conv2d for details")),
+        "matrix_speedup": statistics.median(over("pooling by a matrix")) if "pooling by a matrix" in times else None,
         "computing": computing,
         "over_reading": 1 / statistics.median(reading),
         "over_limit": medians["llava-sp"] / max(medians["reading"], computing),
@@ -214,9 +247,9 @@ def find_misses(on_gpu: bool, dtype: str, batch_size: int, figures: dict[str, fl
 def report(results: Results, cells: list[tuple[str, str, int]]) -> tuple[str, list[str], int]:
     """The figures as Markdown, the limits that are not met, and of how many cells they were checked."""
     lines = [
-        "| variant | dtype | batch | LLaVA-SP, ms | conv2d, ms | x | conv2d for details, x | reading weights, ms | "
-        "computing, ms | over the larger | difference |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| variant | dtype | batch | LLaVA-SP, ms | conv2d, ms | x | conv2d for details, x | pooling by a matrix, x | "
+        "reading weights, ms | computing, ms | over the larger | difference |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     misses, num_checked = [], 0
     machine = results.content["machine"]
@@ -228,10 +261,11 @@ def report(results: Results, cells: list[tuple[str, str, int]]) -> tuple[str, li
         cell = results[label]
         figures = cell["summary"] = summarise(cell, results[f"products, {dtype}"]["operations_per_second"])
         times = {name: median_and_range(cell["milliseconds"][name], digits=2) for name in PATHS}
+        by_matrix = f"{figures['matrix_speedup']:.2f}" if figures["matrix_speedup"] else "-"
         lines.append(
             f"| {variant} | {dtype} | {batch_size} | {times['llava-sp']} | {times['conv2d']} | "
             f"{median_and_range(figures['speedups'])} | {figures['details_speedup']:.2f} | "
-            f"{times['reading']} | "
+            f"{by_matrix} | {times['reading']} | "
             f"{figures['computing']:.2f} | {figures['over_limit']:.2f} | {cell['difference']:.1e} |"
         )
         if machine["size"] == "7b":

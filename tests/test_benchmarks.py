@@ -42,6 +42,7 @@ def test_projector_is_measured_once_and_reported(projector_benchmark, monkeypatc
     assert len(cells) == 2 * 2 * 2
     for label, cell in cells.items():
         assert {len(times) for times in cell["milliseconds"].values()} == {3}
+        assert ("pooling by a matrix" in cell["milliseconds"]) == label.startswith("pooling")
         assert cell["difference"] < (1e-5 if "fp32" in label else 2e-2)
     report = (tmp_path / "projector.md").read_text()
     assert report.count("\n| cropping |") == report.count("\n| pooling |") == 4
@@ -81,6 +82,13 @@ def test_plain_convolutions_are_put_back(projector_benchmark):
         calls.append(projector_benchmark.spatial_path(projector, grid))
     assert convolution.forward.__func__ is type(convolution).forward
     torch.testing.assert_close(calls[0], projector_benchmark.spatial_path(projector, grid))
+
+
+def test_pooling_by_a_matrix_is_the_same(projector_benchmark):
+    projector = projector_benchmark.make_projector("small", "pooling", torch.float32, CPU)
+    grid = projector_benchmark.make_grid(projector, 2)
+    expected = projector_benchmark.spatial_path(projector, grid)
+    torch.testing.assert_close(projector_benchmark.matrix_path(projector, grid), expected)
 
 
 @pytest.mark.parametrize(
