@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -221,6 +222,24 @@ def test_chat():
         "Where is the circle? centre",
         f"Describe the image. {FROM_LEFT_TO_RIGHT}",
     ]
+
+
+@pytest.mark.parametrize(("answer", "encoded"), [(None, 1), ("many", 3)])
+def test_chat_encodes_the_picture_again_only_where_an_answer_changed(answer, encoded, monkeypatch, capsys):
+    model_class, calls = transformers_llava_sp.LlavaSPModel, []
+    get_image_features = model_class.get_image_features
+
+    def count(*arguments, **keywords):
+        calls.append(arguments)
+        return get_image_features(*arguments, **keywords)
+
+    monkeypatch.setattr(model_class, "get_image_features", count)
+    if answer:
+        monkeypatch.setattr(transformers_llava_sp.LlavaSPProcessor, "decode", lambda *_, **keywords: answer)
+    monkeypatch.setattr(sys, "argv", ["chat.py"])
+    runpy.run_path(str(EXAMPLES / "chat.py"), run_name="__main__")
+    assert len(calls) == encoded
+    assert capsys.readouterr().out.startswith(f"How many objects are there? {answer or 4}\n")
 
 
 def test_streaming():
