@@ -290,6 +290,52 @@ def test_demo_draws_in_the_terminal(monkeypatch):
 # How they are made, in full
 
 
+@pytest.mark.parametrize(
+    ("resumable", "seed", "left"), [(True, 0, ["begun", "begun"]), (True, 1, ["begun"]), (False, 0, ["begun"])]
+)
+def test_what_a_killed_training_has_left_is_gone_on_with(resumable, seed, left, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(TINY))
+    from train_model import once
+
+    def make(unfinished, finish):
+        unfinished.mkdir(exist_ok=True)
+        with open(unfinished / "log", "a") as log:
+            log.write("begun\n")
+        if not finish:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        once(tmp_path / "trained", lambda unfinished: make(unfinished, False), resumable=resumable, seed=0)
+    assert not (tmp_path / "trained").exists()
+    made = once(tmp_path / "trained", lambda unfinished: make(unfinished, True), resumable=resumable, seed=seed)
+    assert (made / "log").read_text().split() == left
+    assert {file.name for file in tmp_path.iterdir()} == {"trained", "trained.options.json"}
+
+
+def test_killed_training_resumes_from_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(TINY))
+    import train_model
+
+    commands = []
+
+    def train(command, **_):
+        commands.append(command)
+        (tmp_path / "_trained" / "checkpoint-1000").mkdir(parents=True, exist_ok=True)
+        if len(commands) == 1:
+            raise subprocess.CalledProcessError(-9, command)
+
+    monkeypatch.setattr(train_model.subprocess, "run", train)
+    arguments = (tmp_path / "trained", "train", "--output_dir", tmp_path / "trained")
+    with pytest.raises(subprocess.CalledProcessError):
+        train_model.run(*arguments, checkpoints=True, seed=3)
+    train_model.run(*arguments, checkpoints=True, seed=3)
+    first, second = (command[1:] for command in commands)
+    expected = ["train", "--output_dir", str(tmp_path / "_trained"), "--seed", "3", *train_model.CHECKPOINTS]
+    assert first == expected
+    assert second == [*expected, "--resume_from_checkpoint", "true"]
+    assert not [*(tmp_path / "trained").iterdir()]
+
+
 @pytest.mark.slow
 def test_model_is_trained_and_written_as_it_is_shipped(tmp_path):
     sizes = ["--tower-scenes", "128", "--tower-epochs", "1", "--scenes", "32", "--rounds", "2", "--test-scenes", "3"]
