@@ -24,7 +24,7 @@ questions = arguments.question or ["How many objects are there?", "Where is the 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(device)
 processor = AutoProcessor.from_pretrained(arguments.model)
-cache = DynamicCache(config=model.config)
+read = None
 messages = []
 for question in questions:
     image = [] if messages else [{"type": "image", "image": arguments.image}]
@@ -32,12 +32,15 @@ for question in questions:
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(model.device, model.dtype)
-    if cache.get_seq_length() > 0:
-        # The cache has what the model made of it. It also has the answers, so they must become the tokens again that
-        # they were: those of this model do
+    # The cache has all that has been read, the picture included, and the answers. Where an answer becomes other tokens
+    # as a text than those it was made of, everything is read again
+    if read is not None and torch.equal(inputs["input_ids"][:, : read.shape[1]], read):
         del inputs["pixel_values"]
+    else:
+        cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         outputs = model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=64)
+    read = outputs[:, : cache.get_seq_length()]
     answer = processor.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     print(f"{question} {answer}")

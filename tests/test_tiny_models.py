@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,24 @@ def test_chat():
     ]
 
 
+@pytest.mark.parametrize(("answer", "encoded"), [(None, 1), ("many", 3)])
+def test_chat_encodes_the_picture_again_only_where_an_answer_changed(answer, encoded, monkeypatch, capsys):
+    model_class, calls = transformers_llava_sp.LlavaSPModel, []
+    get_image_features = model_class.get_image_features
+
+    def count(*arguments, **keywords):
+        calls.append(arguments)
+        return get_image_features(*arguments, **keywords)
+
+    monkeypatch.setattr(model_class, "get_image_features", count)
+    if answer:
+        monkeypatch.setattr(transformers_llava_sp.LlavaSPProcessor, "decode", lambda *_, **keywords: answer)
+    monkeypatch.setattr(sys, "argv", ["chat.py"])
+    runpy.run_path(str(EXAMPLES / "chat.py"), run_name="__main__")
+    assert len(calls) == encoded
+    assert capsys.readouterr().out.startswith(f"How many objects are there? {answer or 4}\n")
+
+
 def test_streaming():
     assert start("streaming.py").strip() == FROM_LEFT_TO_RIGHT
 
@@ -269,6 +288,52 @@ def test_demo_draws_in_the_terminal(monkeypatch):
 
 
 # How they are made, in full
+
+
+@pytest.mark.parametrize(
+    ("resumable", "seed", "left"), [(True, 0, ["begun", "begun"]), (True, 1, ["begun"]), (False, 0, ["begun"])]
+)
+def test_what_a_killed_training_has_left_is_gone_on_with(resumable, seed, left, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(TINY))
+    from train_model import once
+
+    def make(unfinished, finish):
+        unfinished.mkdir(exist_ok=True)
+        with open(unfinished / "log", "a") as log:
+            log.write("begun\n")
+        if not finish:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        once(tmp_path / "trained", lambda unfinished: make(unfinished, False), resumable=resumable, seed=0)
+    assert not (tmp_path / "trained").exists()
+    made = once(tmp_path / "trained", lambda unfinished: make(unfinished, True), resumable=resumable, seed=seed)
+    assert (made / "log").read_text().split() == left
+    assert {file.name for file in tmp_path.iterdir()} == {"trained", "trained.options.json"}
+
+
+def test_killed_training_resumes_from_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(TINY))
+    import train_model
+
+    commands = []
+
+    def train(command, **_):
+        commands.append(command)
+        (tmp_path / "_trained" / "checkpoint-1000").mkdir(parents=True, exist_ok=True)
+        if len(commands) == 1:
+            raise subprocess.CalledProcessError(-9, command)
+
+    monkeypatch.setattr(train_model.subprocess, "run", train)
+    arguments = (tmp_path / "trained", "train", "--output_dir", tmp_path / "trained")
+    with pytest.raises(subprocess.CalledProcessError):
+        train_model.run(*arguments, checkpoints=True, seed=3)
+    train_model.run(*arguments, checkpoints=True, seed=3)
+    first, second = (command[1:] for command in commands)
+    expected = ["train", "--output_dir", str(tmp_path / "_trained"), "--seed", "3", *train_model.CHECKPOINTS]
+    assert first == expected
+    assert second == [*expected, "--resume_from_checkpoint", "true"]
+    assert not [*(tmp_path / "trained").iterdir()]
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ A tiny model from nothing, as it comes with the package:
 
 draws scenes, trains a vision tower, makes a model around it, trains that by `llava-sp train` with the recipe beside
 this file, asks it about three splits, and writes it to `work/tiny/tiny-cropping` with a card, the log of its training
-and its results. What an earlier run has finished is not done again; both variants share tower and scenes.
+and its results. What an earlier run has finished is not done again, and a training that was killed goes on from its
+newest checkpoint; both variants share tower and scenes.
 
     python examples/tiny/train_model.py pooling work/trial --scenes 2000 --tower-scenes 2000
 
@@ -37,7 +38,9 @@ UNSHIPPED = ("*.py", "*.bin", "trainer_state.json", "README.md")
 # Of configurations: where the code is, that the cache was off in training, and where the tokenizer came from
 UNSHIPPED_SETTINGS = ("auto_map", "use_cache", "is_local", "local_files_only")
 # Of what Trainer logs, what tells how the training went
-LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "train_runtime")
+LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate")
+# A training that is killed goes on from the newest
+CHECKPOINTS = ("--save_strategy", "steps", "--save_steps", "1000", "--save_total_limit", "1")
 
 CARD = """---
 library_name: transformers
@@ -89,7 +92,13 @@ def note_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.options.json")
 
 
-def once(output: Path, make: Callable[[Path], None], sources: Sequence[Path] = (), **options: Any) -> Path:
+def once(
+    output: Path,
+    make: Callable[[Path], None],
+    sources: Sequence[Path] = (),
+    resumable: bool = False,
+    **options: Any,
+) -> Path:
     """
     Make a file or a folder, unless an earlier run has finished it. It gets its name when it is whole.
 
@@ -97,6 +106,7 @@ def once(output: Path, make: Callable[[Path], None], sources: Sequence[Path] = (
         output (`Path`): The file or folder.
         make (`Callable`): Makes it, where it is told to.
         sources (`Sequence[Path]`, *optional*): What it is made from: other such files and folders, or a recipe.
+        resumable (`bool`, *optional*, defaults to `False`): Whether `make` goes on with what it has left unfinished.
         options (*optional*): What it depends on. Noted beside it, and what its sources depend on; one that was made
             with others is refused.
     """
@@ -116,14 +126,19 @@ def once(output: Path, make: Callable[[Path], None], sources: Sequence[Path] = (
             )
         return output
     unfinished = output.with_name(f"_{output.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    begun = note_of(unfinished)
+    if not (resumable and begun.exists() and json.loads(begun.read_text()) == options):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    begun.write_text(json.dumps(options) + "\n")
     make(unfinished)
-    note.write_text(json.dumps(options) + "\n")
+    begun.rename(note)
     unfinished.rename(output)
     return output
 
 
-def run(output: Path, *arguments: Any, sources: Sequence[Path] = (), **options: Any) -> None:
+def run(
+    output: Path, *arguments: Any, sources: Sequence[Path] = (), checkpoints: bool = False, **options: Any
+) -> None:
     """
     Run a script with this Python to make a folder, unless it exists, and print the command.
 
@@ -131,17 +146,24 @@ def run(output: Path, *arguments: Any, sources: Sequence[Path] = (), **options: 
         output (`Path`): The folder.
         arguments: The script and its arguments, among them the folder.
         sources (`Sequence[Path]`, *optional*): As of [`once`].
+        checkpoints (`bool`, *optional*, defaults to `False`): Whether it is `llava-sp train`, which can be resumed.
         options (*optional*): As of [`once`]; they are passed on, too.
     """
 
     def make(unfinished: Path) -> None:
         command = [str(unfinished if argument == output else argument) for argument in arguments]
         command += [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        if checkpoints:
+            command += CHECKPOINTS
+            if any(unfinished.glob("checkpoint-*")):
+                command += ["--resume_from_checkpoint", "true"]
         print("+ python", " ".join(command), flush=True)
         # Small matrices: more threads would only wait for each other
         subprocess.run([sys.executable, *command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for checkpoint in unfinished.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
-    once(output, make, sources, **options)
+    once(output, make, sources, checkpoints, **options)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -243,7 +265,8 @@ def main() -> None:
         source = ("--model_name_or_path", model, "--train_data", data / "train.json", "--image_folder", data)
         # In another order each time
         order = {"seed": seed + number}
-        run(trained, *train, *source, "--output_dir", trained, sources=[model, data, recipe], **order)
+        made_from = [model, data, recipe]
+        run(trained, *train, *source, "--output_dir", trained, sources=made_from, checkpoints=True, **order)
         logs[name] = model = trained
     release = once(
         work / f"tiny-{arguments.variant}",
