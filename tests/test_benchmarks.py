@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +218,39 @@ def test_processor_limit(load, tmp_path, slower, misses):
     times = {"llava-sp": [slower, slower, slower], "llava": [1.0, 1.0, 1.0]}
     results.content["parts"]["pil, 1"] = {"times": times, "images": 1}
     assert len(processor.report(results, ["pil, 1"])[1]) == misses
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("name", ["projector", "generate"])
+def test_is_measured_on_a_gpu(load, name, monkeypatch, tmp_path):
+    arguments = ("--size", "small", "--device", "cuda", "--batch-sizes", 1, 8, "--output", tmp_path)
+    run(load(name), monkeypatch, *arguments)
+    report = (tmp_path / f"{name}.md").read_text()
+    assert "device: NVIDIA" in report
+    # Not every kind of attention takes models this small
+    assert "sdpa, eager, batch 1: failed" not in report
+    assert "sdpa, static cache, compiled, batch 1: failed" not in report
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_answers_wait_for_the_gpu_no_more_often_than_llavas(generate_benchmark):
+    size, device = generate_benchmark.SIZES["small"], torch.device("cuda")
+    counts = {}
+    for name in generate_benchmark.GROUPS["llava"]:
+        model = generate_benchmark.make_model(name, size, device, torch.bfloat16)
+        inputs = generate_benchmark.make_inputs(name, model, 1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                model.generate(**inputs, do_sample=False, max_new_tokens=4)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        counts[name] = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+    assert 0 < counts["cropping"] <= counts["llava"]
+    assert 0 < counts["pooling"] <= counts["llava"]
