@@ -21,22 +21,31 @@ pytestmark = [
 ]
 
 
-def test_colours_are_learned_from_the_image(tmp_path):
-    """Of eight colours, which the question does not give away: the blind baseline is right once in eight times."""
-    example = runpy.run_path(str(SCRIPT))
-    example["prepare"](tmp_path)
+def keep_one_question(folder: Path, answers: tuple[str, ...]) -> None:
+    """Of each conversation in the data, leave the first question that has one of these answers."""
     for name in ("train", "test"):
-        file = tmp_path / f"{name}.json"
+        file = folder / f"{name}.json"
         records = json.loads(file.read_text())
         for record in records:
             turns = record["conversations"]
-            asked = next((i for i in range(1, len(turns), 2) if turns[i]["value"] in example["COLOURS"]), None)
+            asked = next((i for i in range(1, len(turns), 2) if turns[i]["value"] in answers), None)
             record["conversations"] = asked and turns[asked - 1 : asked + 1]
             if asked:
                 turns[asked - 1]["value"] = "<image>\n" + turns[asked - 1]["value"].removeprefix("<image>\n")
         file.write_text(json.dumps([record for record in records if record["conversations"]]))
-    result = CliRunner().invoke(app, ["train", str(tmp_path / "full.yaml"), "--num_train_epochs", "2"])
+
+
+def run(*arguments: object) -> None:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
+
+
+def test_colours_are_learned_from_the_image(tmp_path):
+    """Of eight colours, which the question does not give away: the blind baseline is right once in eight times."""
+    example = runpy.run_path(str(SCRIPT))
+    example["prepare"](tmp_path)
+    keep_one_question(tmp_path, example["COLOURS"])
+    run("train", tmp_path / "full.yaml", "--num_train_epochs", 2)
 
     log = json.loads((tmp_path / "trained" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
@@ -45,27 +54,15 @@ def test_colours_are_learned_from_the_image(tmp_path):
     assert scores["colour"].exact_match > scores["colour"].blind_baseline + 0.1
 
 
-def test_tiny_model_learns_shapes_of_other_pictures(tmp_path):
-    """Of three shapes, with LoRA, from a model that calls one of them a square and has seen none of these pictures."""
+def test_tiny_model_learns_what_shapes_are_called_elsewhere(tmp_path):
+    """With LoRA: it knows squares, but no rectangles, and has seen none of these pictures."""
     example = runpy.run_path(str(SCRIPT))
     example["prepare"](tmp_path, model="tiny-cropping")
-    before, _ = example["score"]("tiny-cropping", kind="shape", limit=160)
-    commands = (
-        [
-            "train",
-            str(tmp_path / "lora.yaml"),
-            "--max_steps",
-            "120",
-            "--eval_strategy",
-            "no",
-            "--eval_on_start",
-            "false",
-        ],
-        ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")],
-    )
-    for command in commands:
-        result = CliRunner().invoke(app, command)
-        assert result.exit_code == 0, result.output
-    after, _ = example["score"](str(tmp_path / "merged"), kind="shape", limit=160)
-    assert before["shape"].exact_match < after["shape"].blind_baseline
-    assert after["shape"].exact_match > after["shape"].blind_baseline + 0.2
+    keep_one_question(tmp_path, example["SHAPES"])
+    before, _ = example["score"]("tiny-cropping", kind="shape", limit=320)
+    run("train", tmp_path / "lora.yaml", "--num_train_epochs", 1)
+    run("merge", tmp_path / "adapter", tmp_path / "merged")
+
+    after, _ = example["score"](str(tmp_path / "merged"), kind="shape", limit=320)
+    assert before["shape"].exact_match < before["shape"].blind_baseline
+    assert after["shape"].exact_match > after["shape"].blind_baseline + 0.3
