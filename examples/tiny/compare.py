@@ -1,5 +1,5 @@
 """
-Do six spatial tokens help here? Four tiny models that differ in nothing but their projector, each from three seeds:
+Do six spatial tokens help here? Five tiny models that differ in nothing but their projector, each from three seeds:
 
     python examples/tiny/compare.py work/tiny
 
@@ -7,11 +7,13 @@ Do six spatial tokens help here? Four tiny models that differ in nothing but the
 - `queries`: six learned queries that attend to the patches instead, as a Q-Former's: as many tokens, but none made by
   convolutions
 - `patches`: the patch tokens alone
+- `llava`: these as well, by LLaVA's MLP, which the first three have, too
 
-All projectors have as many parameters as that of `cropping`, within 5 %: what the last two lack is made up by a wider
-MLP. They are trained on the tower and scenes that train_model.py has left in the same folder, on fewer scenes than
-there, with one thread. Each model's results are written to `work/tiny/compare` when it is trained, and not computed
-again. At the end, tables and, with `--plot`, a picture of all of them. It needs the extras `train` and `demo`.
+All projectors but that of `llava` have as many parameters as that of `cropping`, within 5 %: what `queries` and
+`patches` lack is made up by a wider MLP. They are trained on the tower and scenes that train_model.py has left in the
+same folder, on fewer scenes than there, with one thread. Each model's results are written to `work/tiny/compare` when
+it is trained, and not computed again. At the end, tables and, with `--plot`, a picture of all of them. It needs the
+extras `train` and `demo`.
 """
 
 import argparse
@@ -41,7 +43,26 @@ NUM_QUERIES = 6
 QUERY_WIDTH, QUERY_HEADS = 128, 4
 
 
-class PatchProjector(LlavaSPProjector):
+class LlavaProjector(LlavaSPProjector):
+    """
+    The patch tokens alone, as LLaVA makes them.
+
+    Args:
+        config ([`LlavaSPProjectorConfig`]): That of the projector it stands for.
+        num_parameters (`int`): How many parameters that has; this one has fewer.
+    """
+
+    def __init__(self, config: Any, num_parameters: int):
+        super().__init__(config)
+        del self.spatial_feature_extractor, self.detail_feature_integrator, self.spatial_projection
+        config.spatial_scales = []
+
+    def forward(self, patch_features: torch.Tensor, **kwargs: Any) -> LlavaSPProjectorOutput:
+        """From `patch_features` of shape `(images, patches, vision_hidden_size)` one token for each patch."""
+        return LlavaSPProjectorOutput(last_hidden_state=self.patch_mlp(patch_features))
+
+
+class PatchProjector(LlavaProjector):
     """
     The patch tokens alone, by an MLP as wide as it takes.
 
@@ -51,15 +72,8 @@ class PatchProjector(LlavaSPProjector):
     """
 
     def __init__(self, config: Any, num_parameters: int):
-        super().__init__(config)
-        del self.spatial_feature_extractor, self.detail_feature_integrator, self.spatial_projection
-        config.spatial_scales = []
-        width_in, width_out = config.vision_hidden_size, config.text_hidden_size
-        self.patch_mlp = make_mlp(width_in, width_out, num_parameters)
-
-    def forward(self, patch_features: torch.Tensor, **kwargs: Any) -> LlavaSPProjectorOutput:
-        """From `patch_features` of shape `(images, patches, vision_hidden_size)` one token for each patch."""
-        return LlavaSPProjectorOutput(last_hidden_state=self.patch_mlp(patch_features))
+        super().__init__(config, num_parameters)
+        self.patch_mlp = make_mlp(config.vision_hidden_size, config.text_hidden_size, num_parameters)
 
 
 class QueryProjector(LlavaSPProjector):
@@ -96,7 +110,13 @@ def make_mlp(width_in: int, width_out: int, num_parameters: int) -> nn.Sequentia
     return nn.Sequential(nn.Linear(width_in, width), nn.GELU(), nn.Linear(width, width_out))
 
 
-PROJECTORS = {"cropping": None, "pooling": None, "queries": QueryProjector, "patches": PatchProjector}
+PROJECTORS = {
+    "cropping": None,
+    "pooling": None,
+    "queries": QueryProjector,
+    "patches": PatchProjector,
+    "llava": LlavaProjector,
+}
 
 
 def make_model(name: str, tower: Path, seed: int) -> tuple[LlavaSPForConditionalGeneration, LlavaSPProcessor]:
@@ -161,14 +181,15 @@ def train_model(name: str, seed: int, tower: Path, data: Path, scenes: int, test
 
 
 def to_table(results: list[dict[str, Any]], split: str) -> str:
-    """Of each kind of question and projector, the mean over the seeds and the range of them."""
+    """Of each kind of question and projector, the mean over the seeds and, of several, each of them."""
     names = list(dict.fromkeys(result["name"] for result in results))
     lines = [f"| {split} | blind | {' | '.join(names)} |", f"|---|---:{'|---:' * len(names)}|"]
     for kind, blind in results[0]["blind"][split].items():
         cells = []
         for name in names:
             shares = [result["exact_match"][split][kind] for result in results if result["name"] == name]
-            cells.append(f"{statistics.mean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})")
+            each = f" ({', '.join(f'{100 * share:.1f}' for share in shares)})" if len(shares) > 1 else ""
+            cells.append(f"{statistics.mean(shares):.1%}{each}")
         lines.append(f"| {kind} | {blind:.1%} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
