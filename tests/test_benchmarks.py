@@ -86,6 +86,15 @@ def test_plain_convolutions_are_put_back(projector_benchmark):
     torch.testing.assert_close(calls[0], projector_benchmark.spatial_path(projector, grid))
 
 
+@pytest.mark.parametrize("num_images", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_in_parts_are_the_same(projector_benchmark, dtype, num_images):
+    projector = projector_benchmark.make_projector("small", "cropping", dtype, CPU)
+    grid = projector_benchmark.make_grid(projector, num_images)
+    expected = projector_benchmark.spatial_path(projector, grid)
+    torch.testing.assert_close(projector_benchmark.parts_path(projector, grid), expected)
+
+
 def test_pooling_by_a_matrix_is_the_same(projector_benchmark):
     projector = projector_benchmark.make_projector("small", "pooling", torch.float32, CPU)
     grid = projector_benchmark.make_grid(projector, 2)
