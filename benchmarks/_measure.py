@@ -1,5 +1,6 @@
 """What the benchmarks share: time and memory, what the machine is and what else it does, and results in a file."""
 
+import argparse
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from transformers_llava_sp import __version__
+from transformers_llava_sp.visualization import require_matplotlib, save_figure
 
 
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
@@ -185,6 +187,20 @@ def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Where results and their picture are written."""
+    parser.add_argument("--output", type=Path, help=f"a folder for {name}.json and {name}.md")
+    parser.add_argument("--plot", action="store_true", help=f"draw {name}.png there, too (needs matplotlib)")
+
+
+def check_output_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Say before anything is measured that nothing can be drawn."""
+    if arguments.plot:
+        require_matplotlib()
+        if arguments.output is None:
+            parser.error("--plot needs --output, the folder to draw in")
+
+
 class Clock:
     """
     Marks points of time on a device's own timeline, or on the CPU's.
@@ -346,3 +362,42 @@ def in_turn(names: Iterable[str], turn: int) -> list[str]:
 def median_and_range(values: Iterable[float], digits: int = 1) -> str:
     values = list(values)
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def plot_ratios(
+    file: Path, panels: dict[str, dict[str, dict[str, list[float]]]], marks: dict[str, dict[str, float]] | None = None
+) -> None:
+    """
+    Draw ratios as PNG, the panels beside each other: a dot for a median, a line from the lowest to the highest.
+
+    Args:
+        file (`Path`): The file to write. None is, where nothing has been measured.
+        panels (`dict[str, dict[str, dict[str, list[float]]]]`): For each panel's title, for each row's label, for each
+            series' name the ratios turn by turn. All panels have the same rows.
+        marks (`dict[str, dict[str, float]]`, *optional*): For a panel's title values to compare with, by name.
+    """
+    from matplotlib.figure import Figure
+
+    if not any(panels.values()):
+        return
+    rows = list(next(iter(panels.values())))
+    names = list(dict.fromkeys(name for panel in panels.values() for series in panel.values() for name in series))
+    figure = Figure(figsize=(4 + 4 * len(panels), 1.5 + 0.5 * len(rows)), layout="constrained")
+    columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, panel) in zip(columns, panels.items(), strict=True):
+        for number, name in enumerate(names):
+            for row, label in enumerate(rows):
+                ratios = panel[label].get(name)
+                if ratios:
+                    place = row + 0.15 * (number - (len(names) - 1) / 2)
+                    axes.plot([min(ratios), max(ratios)], [place, place], color=f"C{number}", linewidth=1)
+                    axes.plot(statistics.median(ratios), place, "o", color=f"C{number}")
+            axes.plot([], [], "o-", color=f"C{number}", label=name)
+        for number, (name, value) in enumerate((marks or {}).get(title, {}).items()):
+            axes.axvline(value, color=f"C{number}", linestyle=":", label=name)
+        axes.axvline(1, color="grey", linewidth=0.8)
+        axes.set(title=title, yticks=range(len(rows)), yticklabels=rows)
+        axes.grid(axis="x", alpha=0.3)
+        axes.legend()
+    columns[0].invert_yaxis()
+    save_figure(figure, file)

@@ -26,14 +26,17 @@ import torch
 from _measure import (
     Clock,
     Results,
+    add_output_arguments,
     attention_kernel,
     attention_kinds,
+    check_output_arguments,
     count_bytes,
     describe_device,
     describe_machine,
     in_turn,
     measure_reading,
     median_and_range,
+    plot_ratios,
     synchronize,
     without_record,
 )
@@ -54,7 +57,6 @@ from transformers import (
 )
 
 from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration
-from transformers_llava_sp.visualization import require_matplotlib
 
 
 # What is compared with the first of its group, in turns
@@ -583,40 +585,25 @@ def report(results: Results, cells: Iterable[Cell]) -> tuple[str, list[str], int
 
 def plot(results: Results, cells: Iterable[Cell], file: Path) -> None:
     """Draw time to the first token and time per token over LLaVA's, beside the paper's figure."""
-    from matplotlib.figure import Figure
-
     measured = [cell for cell in cells if str(cell) in results and "error" not in results[str(cell)]]
-    figure = Figure(figsize=(12, 1.5 + 0.5 * len(measured)), layout="constrained")
-    for axes, key, title in zip(
-        figure.subplots(1, 2, sharey=True),
-        ("ttft_ratios", "token_ratios"),
-        ("time to the first token over LLaVA's", "time for each further token over LLaVA's"),
-        strict=True,
-    ):
-        names = list(dict.fromkeys(name for cell in measured for name in GROUPS[cell.group] if name != "llava"))
-        for number, name in enumerate(names):
-            for row, cell in enumerate(measured):
-                if name in GROUPS[cell.group]:
-                    ratios = results[str(cell)]["summary"][name][key]
-                    place = row + 0.15 * (number - (len(names) - 1) / 2)
-                    axes.plot([min(ratios), max(ratios)], [place, place], color=f"C{number}", linewidth=1)
-                    axes.plot(statistics.median(ratios), place, "o", color=f"C{number}")
-            axes.plot([], [], "o-", color=f"C{number}", label=name)
-            if name in SPATIAL and key == "token_ratios":
-                axes.axvline(1 / PAPER[name], color=f"C{number}", linestyle=":", label=f"{name}, the paper")
-        axes.axvline(1, color="grey", linewidth=0.8)
-        axes.set(title=title, yticks=range(len(measured)), yticklabels=[str(cell) for cell in measured])
-        axes.grid(axis="x", alpha=0.3)
-    axes.invert_yaxis()
-    axes.legend()
-    figure.savefig(file, metadata={"Software": None})
+
+    def ratios(key: str) -> dict[str, dict[str, list[float]]]:
+        return {
+            str(cell): {
+                name: figures[key] for name, figures in results[str(cell)]["summary"].items() if name != "llava"
+            }
+            for cell in measured
+        }
+
+    first, others = "time to the first token over LLaVA's", "time for each further token over LLaVA's"
+    panels = {first: ratios("ttft_ratios"), others: ratios("token_ratios")}
+    plot_ratios(file, panels, {others: {f"{name}, the paper": 1 / ratio for name, ratio in PAPER.items()}})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="7b", help="of the models (default: 7b)")
-    parser.add_argument("--output", type=Path, required=True, help="a folder for generate.json and generate.md")
-    parser.add_argument("--plot", action="store_true", help="draw generate.png there, too (needs matplotlib)")
+    add_output_arguments(parser, "generate")
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, help="these alone")
     parser.add_argument("--eager", action="store_true", help="nothing compiled")
@@ -625,13 +612,13 @@ def main() -> None:
     arguments = parser.parse_args()
     begun = time.perf_counter()
     device, size = torch.device(arguments.device), SIZES[arguments.size]
-    if arguments.plot:
-        require_matplotlib()
+    check_output_arguments(parser, arguments)
     if arguments.size == "7b" and device.type != "cuda":
         sys.exit("The 7B shapes need a CUDA device, and there is none: pass --size scaled.")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     machine = {**describe_machine(), **describe_device(device), "size": arguments.size, "dtype": str(dtype)}
-    results = Results(arguments.output / "generate.json", machine, ("size", "dtype"))
+    path = arguments.output / "generate.json" if arguments.output else None
+    results = Results(path, machine, ("size", "dtype"))
     kinds, missing = attention_kinds(device, flex=True)
     print("\n".join(f"{key}: {value}" for key, value in machine.items()))
     print("\n".join(f"{name}: not measured, {reason}" for name, reason in missing.items()), flush=True)

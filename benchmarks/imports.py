@@ -7,13 +7,21 @@ benchmarks/README.md says what is measured and how. Exits with status 1 where th
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
+from typing import Any
 
-from _measure import describe_machine, in_turn, median_and_range
+from _measure import (
+    Results,
+    add_output_arguments,
+    check_output_arguments,
+    describe_machine,
+    in_turn,
+    median_and_range,
+    plot_ratios,
+)
 from tqdm import tqdm
 
 
@@ -45,42 +53,54 @@ def measure(statement: str) -> float:
     return float(process.stdout)
 
 
+def measure_all(turns: int) -> dict[str, Any]:
+    """
+    All statements in turns.
+
+    Args:
+        turns (`int`): How many, after one that brings the files into memory.
+
+    Returns:
+        `dict[str, Any]`: The seconds of each turn for each statement.
+    """
+    times: dict[str, list[float]] = {name: [] for name in STATEMENTS}
+    for turn in tqdm(range(turns + 1), desc="importing", unit="turn"):
+        for name in in_turn(STATEMENTS, turn):
+            seconds = measure(STATEMENTS[name])
+            if turn:
+                times[name].append(seconds)
+    return {"times": times}
+
+
+def report(part: dict[str, Any]) -> tuple[str, list[str], int]:
+    """The figures as Markdown, the limit if it is not met, and of how many parts it was checked."""
+    times = part["times"]
+    part["ratios"] = [ours / theirs for ours, theirs in zip(times["both"], times["transformers"], strict=True)]
+    lines = ["| statement | seconds |", "|---|---:|"]
+    lines += [f"| `{STATEMENTS[name]}` | {median_and_range(seconds, 3)} |" for name, seconds in times.items()]
+    text = f"both over Transformers alone {median_and_range(part['ratios'], 3)}, at most {TIME_LIMIT}"
+    misses = [text] if statistics.median(part["ratios"]) > TIME_LIMIT else []
+    return "\n".join([*lines, "", text]), misses, 1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="a folder for imports.json and imports.md")
+    add_output_arguments(parser, "imports")
     parser.add_argument("--turns", type=int, default=15, help="how often each is imported (default: 15)")
     arguments = parser.parse_args()
     if arguments.turns < 1:
         parser.error("--turns must be 1 or more")
-    machine = describe_machine()
-    described = "\n".join(f"- {key}: {value}" for key, value in machine.items())
-    print(described, flush=True)
-    times: dict[str, list[float]] = {name: [] for name in STATEMENTS}
-    for turn in tqdm(range(arguments.turns + 1), desc="importing", unit="turn"):
-        for name in in_turn(STATEMENTS, turn):
-            seconds = measure(STATEMENTS[name])
-            # The first turn brings the files into memory
-            if turn:
-                times[name].append(seconds)
-
-    ratios = [ours / theirs for ours, theirs in zip(times["both"], times["transformers"], strict=True)]
-    lines = ["| statement | seconds |", "|---|---:|"]
-    lines += [f"| `{STATEMENTS[name]}` | {median_and_range(seconds, 3)} |" for name, seconds in times.items()]
-    met = statistics.median(ratios) <= TIME_LIMIT
-    lines += [
-        "",
-        f"Both over Transformers alone: {median_and_range(ratios, 3)}, at most {TIME_LIMIT}: "
-        f"{'met' if met else 'NOT MET'}",
-    ]
-    text = "\n".join(lines)
-    print(f"\n{text}")
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        figures = json.dumps({"machine": machine, "seconds": times, "ratios": ratios}, indent=2)
-        (arguments.output / "imports.json").write_text(f"{figures}\n")
-        (arguments.output / "imports.md").write_text(f"{described}\n\n{text}\n")
-    if not met:
-        sys.exit(1)
+    check_output_arguments(parser, arguments)
+    machine = {**describe_machine(), "device": "CPU", "turns": arguments.turns}
+    path = arguments.output / "imports.json" if arguments.output else None
+    results = Results(path, machine, ("turns",))
+    print("\n".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
+    results.add("imports", partial(measure_all, arguments.turns))
+    figures = report(results["imports"])
+    if arguments.plot:
+        rows = {"importing both": {"LLaVA-SP": results["imports"]["ratios"]}}
+        plot_ratios(arguments.output / "imports.png", {"time over that of importing Transformers": rows})
+    results.finish(*figures)
 
 
 if __name__ == "__main__":

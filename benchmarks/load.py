@@ -1,8 +1,7 @@
 """
 Memory and time that loading takes: LLaVA-SP against Transformers' LLaVA, in the same run.
 
-    python benchmarks/load.py                      # 3.4 GB each, five loads of each checkpoint, a minute or two
-    python benchmarks/load.py --output load.json   # the figures as JSON as well
+    python benchmarks/load.py --output results   # 3.4 GB each, five loads of each checkpoint, a minute or two
 
 Both models get random bfloat16 weights in the released 7B's widths, with fewer language model layers; they are written
 to a temporary folder, as a single file and as shards, and removed afterwards. benchmarks/README.md says what is
@@ -18,13 +17,22 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from _measure import (
     PAGE_SIZE,
     PeakMemory,
+    Results,
+    add_output_arguments,
+    check_output_arguments,
+    count_bytes,
     describe_machine,
+    in_turn,
+    median_and_range,
+    plot_ratios,
     read_busy_seconds,
     read_into_page_cache,
     read_memory,
@@ -55,10 +63,6 @@ SAMPLING_INTERVAL = 0.002  # seconds
 # core is measured again, after a pause
 MAX_DISTURBANCE = 0.15
 PAUSE = 5  # seconds
-
-
-def count_bytes(model: PreTrainedModel) -> int:
-    return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 def make_models(text_layers: int) -> dict[str, PreTrainedModel]:
@@ -128,7 +132,7 @@ def load(folder: str, dtype: str) -> None:
         "load_s": loaded - start,
         "load_and_write_s": written - start,
         "cpu_s": cpu_written - cpu_start,
-        "bytes": count_bytes(model),
+        "bytes": count_bytes(model.state_dict().values()),
     }
     print(json.dumps(result), flush=True)
     # Stay until the last sample is taken
@@ -207,38 +211,83 @@ def summarise(runs: dict[str, list[dict[str, float]]]) -> dict[str, object]:
     summary["worst_disturbance"] = max(result["disturbance"] for results in runs.values() for result in results)
     ratios = [ours / theirs for ours, theirs in zip(per_byte["llava-sp"], per_byte["llava"], strict=True)]
     summary["time_ratio"] = statistics.median(per_byte["llava-sp"]) / statistics.median(per_byte["llava"])
-    summary["time_ratio_range"] = (min(ratios), max(ratios))
+    summary["ratios"] = ratios
     return summary
 
 
-def print_table(summaries: dict[str, dict]) -> bool:
-    """Print the figures; returns whether all limits are met."""
-    met = True
-    print(
-        "\n| checkpoint | model | size | peak anonymous memory | mapped | load | with writing | s/GB, median (range) |"
-    )
-    print("|---|---|---:|---:|---:|---:|---:|---:|")
-    for layout, summary in summaries.items():
+def report(results: Results) -> tuple[str, list[str], int]:
+    """The figures as Markdown, the limits that are not met, and of how many parts they were checked."""
+    lines = [
+        "| checkpoint | model | size | peak anonymous memory | mapped | load | with writing | s/GB, median (range) |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    notes, misses = [""], []
+    for layout in SHARD_SIZES:
+        summary = results[layout]["summary"]
         for name in MODELS:
             row = summary[name]
             low, high = row["seconds_per_gigabyte_range"]
-            print(
+            lines.append(
                 f"| {layout} | {name} | {row['bytes'] / 1e9:.3f} GB | {row['peak_anonymous_multiple']:.3f} x | "
                 f"{row['peak_mapped_multiple']:.3f} x | {row['seconds_before_writing']:.2f} s | "
                 f"{row['seconds']:.2f} s | {row['seconds_per_gigabyte']:.3f} ({low:.3f} to {high:.3f}) |"
             )
-    print()
-    for layout, summary in summaries.items():
-        print(f"{layout}: other processes used up to {summary['worst_disturbance']:.0%} of a core during a load")
         memory, ratio = summary["llava-sp"]["peak_anonymous_multiple"], summary["time_ratio"]
-        low, high = summary["time_ratio_range"]
         for value, limit, text in (
             (memory, MEMORY_LIMIT, f"peak anonymous memory {memory:.3f} x the weights"),
-            (ratio, TIME_LIMIT, f"time per byte {ratio:.3f} x LLaVA's, in pairs {low:.3f} to {high:.3f}"),
+            (
+                ratio,
+                TIME_LIMIT,
+                f"time per byte {ratio:.3f} x LLaVA's, in pairs {median_and_range(summary['ratios'], 3)}",
+            ),
         ):
-            met = met and value <= limit
-            print(f"{layout}: {text}, at most {limit}: {'met' if value <= limit else 'NOT MET'}")
-    return met
+            notes.append(f"{layout}: {text}, at most {limit}")
+            if value > limit:
+                misses.append(notes[-1])
+        notes.append(
+            f"{layout}: other processes used up to {summary['worst_disturbance']:.0%} of a core during a load"
+        )
+    return "\n".join(lines + notes), misses, len(SHARD_SIZES)
+
+
+def measure_layout(
+    models: dict[str, PreTrainedModel], layout: str, folder: str, dtype: str, repeats: int, max_tries: int
+) -> dict[str, Any]:
+    """
+    Loads of both models, in turns.
+
+    Args:
+        models (`dict[str, PreTrainedModel]`): The models.
+        layout (`str`): How their files are cut, one of `SHARD_SIZES`.
+        folder (`str`): Where they are written, and removed afterwards.
+        dtype (`str`): The number format to load in.
+        repeats (`int`): Loads of each model, after one to warm up.
+        max_tries (`int`): How often a disturbed load is measured at most.
+
+    Returns:
+        `dict[str, Any]`: The loads of each model, and what [`summarise`] makes of them.
+    """
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in MODELS}
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as temporary,
+        tqdm(total=len(MODELS) * (repeats + 2), unit="step") as progress,
+    ):
+        folders = {name: Path(temporary, name) for name in MODELS}
+        for name in MODELS:
+            progress.set_description(f"writing {name}, {layout}")
+            write_checkpoint(models[name], folders[name], SHARD_SIZES[layout])
+            read_into_page_cache(folders[name].glob("*.safetensors"))
+            progress.update()
+        for repeat in range(repeats + 1):
+            # Neither always comes first, so that nothing that drifts favours one
+            for name in in_turn(MODELS, repeat):
+                progress.set_description(f"loading {name}, {layout}")
+                if repeat:
+                    runs[name].append(measure_undisturbed(folders[name], dtype, max_tries))
+                else:
+                    measure(folders[name], dtype)  # to warm up
+                progress.update()
+    return {"summary": summarise(runs), "runs": runs}
 
 
 def main() -> None:
@@ -250,7 +299,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=20, help="how often a disturbed load is measured at most")
     parser.add_argument("--dtype", default="auto", help="number format to load in; the files hold bfloat16")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the temporary folder is made")
-    parser.add_argument("--output", type=Path, help="a JSON file to write the figures to")
+    add_output_arguments(parser, "load")
     parser.add_argument("--load", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
@@ -259,43 +308,32 @@ def main() -> None:
     # Whoever ends this does not want to keep the checkpoints
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
-    machine = {**describe_machine(), "dtype": arguments.dtype}
+    check_output_arguments(parser, arguments)
+    machine = {
+        **describe_machine(),
+        "device": "CPU",
+        "dtype": arguments.dtype,
+        "text_layers": arguments.text_layers,
+        "repeats": arguments.repeats,
+    }
+    path = arguments.output / "load.json" if arguments.output else None
+    results = Results(path, machine, ("dtype", "text_layers", "repeats"))
     print("\n".join(f"{key}: {value}" for key, value in machine.items()))
     models = make_models(arguments.text_layers)
-    sizes = {name: count_bytes(model) for name, model in models.items()}
+    sizes = {name: count_bytes(model.state_dict().values()) for name, model in models.items()}
     assert min(sizes.values()) >= MIN_BYTES, f"too small to say anything: {sizes}"
-
-    runs: dict[str, dict[str, list[dict[str, float]]]] = {}
-    with tqdm(total=len(SHARD_SIZES) * len(MODELS) * (arguments.repeats + 2), unit="step") as progress:
-        for layout, shard_size in SHARD_SIZES.items():
-            runs[layout] = {name: [] for name in MODELS}
-            with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-                folders = {name: Path(folder, name) for name in MODELS}
-                for name in MODELS:
-                    progress.set_description(f"writing {name}, {layout}")
-                    write_checkpoint(models[name], folders[name], shard_size)
-                    read_into_page_cache(folders[name].glob("*.safetensors"))
-                    progress.update()
-                for repeat in range(arguments.repeats + 1):
-                    # Neither always comes first, so that nothing that drifts favours one
-                    for name in MODELS if repeat % 2 else reversed(MODELS):
-                        progress.set_description(f"loading {name}, {layout}")
-                        if repeat:
-                            runs[layout][name].append(
-                                measure_undisturbed(folders[name], arguments.dtype, arguments.tries)
-                            )
-                        else:
-                            measure(folders[name], arguments.dtype)  # to warm up
-                        progress.update()
-
-    summaries = {layout: summarise(results) for layout, results in runs.items()}
-    met = print_table(summaries)
-    if arguments.output:
-        arguments.output.write_text(
-            json.dumps({"machine": machine, "summary": summaries, "runs": runs}, indent=2) + "\n"
+    for layout in SHARD_SIZES:
+        results.add(
+            layout,
+            partial(
+                measure_layout, models, layout, arguments.folder, arguments.dtype, arguments.repeats, arguments.tries
+            ),
         )
-    if not met:
-        sys.exit(1)
+    figures = report(results)
+    if arguments.plot:
+        rows = {layout: {"LLaVA-SP": results[layout]["summary"]["ratios"]} for layout in SHARD_SIZES}
+        plot_ratios(arguments.output / "load.png", {"time per byte over LLaVA's": rows})
+    results.finish(*figures)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,18 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _measure import Results, describe_machine, in_turn, median_and_range
+from _measure import (
+    Results,
+    add_output_arguments,
+    check_output_arguments,
+    describe_machine,
+    in_turn,
+    median_and_range,
+    plot_ratios,
+)
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer, BatchFeature, LlavaImageProcessorPil, LlavaProcessor, ProcessorMixin
@@ -109,7 +116,7 @@ def report(results: Results, labels: list[str]) -> tuple[str, list[str], int]:
         cell = results[label]
         rates = {name: [cell["images"] / seconds for seconds in cell["times"][name]] for name in MODELS}
         ratios = [ours / theirs for ours, theirs in zip(*(rates[name] for name in MODELS), strict=True)]
-        cell["ratio"] = statistics.median(ratios)
+        cell |= {"ratio": statistics.median(ratios), "ratios": ratios}
         lines.append(
             f"| {label} | {median_and_range(rates['llava-sp'])} | {median_and_range(rates['llava'])} | "
             f"{median_and_range(ratios, 3)} |"
@@ -121,12 +128,13 @@ def report(results: Results, labels: list[str]) -> tuple[str, list[str], int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="a folder for processor.json and processor.md")
+    add_output_arguments(parser, "processor")
     parser.add_argument("--numbers", nargs="+", type=int, default=[1, 64], help="pictures at a time (default: 1 64)")
     parser.add_argument("--turns", type=int, default=40, help="for one picture; less for more (default: 40)")
     arguments = parser.parse_args()
     if arguments.turns < 1 or min(arguments.numbers) < 1:
         parser.error("--turns and --numbers must be 1 or more")
+    check_output_arguments(parser, arguments)
     machine = {**describe_machine(), "device": "CPU", "turns": arguments.turns}
     path = arguments.output / "processor.json" if arguments.output else None
     results = Results(path, machine, ("turns",))
@@ -141,7 +149,11 @@ def main() -> None:
     if not is_torchvision_available():
         print("torchvision: not measured, it is not installed")
 
-    results.finish(*report(results, list(parts)))
+    figures = report(results, list(parts))
+    if arguments.plot:
+        rows = {label: {"LLaVA-SP": results[label]["ratios"]} for label in parts}
+        plot_ratios(arguments.output / "processor.png", {"images per second over LLaVA's": rows})
+    results.finish(*figures)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,15 @@ import torch.nn.functional as F
 from _measure import (
     Clock,
     Results,
+    add_output_arguments,
+    check_output_arguments,
     count_bytes,
     describe_device,
     describe_machine,
     in_turn,
     measure_matrix_products,
     median_and_range,
+    plot_ratios,
     synchronize,
 )
 from torch import nn
@@ -251,6 +254,8 @@ def summarise(cell: dict[str, Any], rate: float) -> dict[str, Any]:
 
     speedups, reading = over("conv2d"), over("reading")
     medians = {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
+    over_limit = [max(one, computing) for one in times["reading"]]
+    over_limit = [ours / limit for ours, limit in zip(times["llava-sp"], over_limit, strict=True)]
     return {
         **medians,
         "speedup": statistics.median(speedups),
@@ -260,7 +265,8 @@ def summarise(cell: dict[str, Any], rate: float) -> dict[str, Any]:
         "matrix_speedup": statistics.median(over("pooling by a matrix")) if "pooling by a matrix" in times else None,
         "computing": computing,
         "over_reading": 1 / statistics.median(reading),
-        "over_limit": medians["llava-sp"] / max(medians["reading"], computing),
+        "over_limit": statistics.median(over_limit),
+        "over_limits": over_limit,
     }
 
 
@@ -313,10 +319,26 @@ def report(results: Results, cells: list[tuple[str, str, int]]) -> tuple[str, li
     return "\n".join(lines), misses, num_checked
 
 
+def plot(results: Results, cells: list[tuple[str, str, int]], file: Path) -> None:
+    """Draw the path's time over that of what it is compared with."""
+    speedups: dict[str, dict[str, list[float]]] = {}
+    over_limits: dict[str, dict[str, list[float]]] = {}
+    for variant, dtype, batch_size in cells:
+        label = f"{variant}, {dtype}, batch {batch_size}"
+        if label in results:
+            row, figures = f"{dtype}, batch {batch_size}", results[label]["summary"]
+            speedups.setdefault(row, {})[variant] = figures["speedups"]
+            over_limits.setdefault(row, {})[variant] = figures["over_limits"]
+    plot_ratios(
+        file,
+        {"time of convolutions over LLaVA-SP's": speedups, "LLaVA-SP's time over the machine's limit": over_limits},
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="7b", help="of the projector (default: 7b)")
-    parser.add_argument("--output", type=Path, help="a folder for projector.json and projector.md")
+    add_output_arguments(parser, "projector")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="all on a GPU, fp32 and bf16 on a CPU")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16, 64])
@@ -328,6 +350,7 @@ def main() -> None:
     begun = time.perf_counter()
     if arguments.repeats < 1 or min(arguments.batch_sizes) < 1:
         parser.error("--repeats and --batch-sizes must be 1 or more")
+    check_output_arguments(parser, arguments)
     device = torch.device(arguments.device)
     # Neither products nor convolutions in TF32, which PyTorch would use for the latter alone
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -355,7 +378,10 @@ def main() -> None:
             if time.perf_counter() - begun < 60 * arguments.minutes:
                 results.add(label, measure)
 
-    results.finish(*report(results, cells))
+    figures = report(results, cells)
+    if arguments.plot:
+        plot(results, cells, arguments.output / "projector.png")
+    results.finish(*figures)
 
 
 if __name__ == "__main__":

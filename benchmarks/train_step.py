@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -30,13 +29,16 @@ from _measure import (
     Clock,
     PeakMemory,
     Results,
+    add_output_arguments,
     attention_kernel,
     attention_kinds,
+    check_output_arguments,
     count_bytes,
     describe_device,
     describe_machine,
     measure_matrix_products,
     median_and_range,
+    plot_ratios,
     read_memory,
     synchronize,
 )
@@ -567,7 +569,7 @@ def summarise_steps(part: dict[str, Any], operations: dict[str, Any], rate: floa
         }
     ratios = [ours / theirs for ours, theirs in zip(per_token["llava-sp"], per_token["llava"], strict=True)]
     summary["time_ratio"] = statistics.median(per_token["llava-sp"]) / statistics.median(per_token["llava"])
-    summary["time_ratio_range"] = (min(ratios), max(ratios))
+    summary["time_ratios"] = ratios
     return summary
 
 
@@ -596,7 +598,7 @@ def report(results: Results, kinds: Iterable[str], missing: dict[str, str]) -> t
                 f"{median_and_range(step['optimizer_ms'] for step in steps)} | {peak} | "
                 f"{part[name]['trained_projector_bytes'] / 1e9:.2f} GB |"
             )
-        low, high = summary["time_ratio_range"]
+        low, high = min(summary["time_ratios"]), max(summary["time_ratios"])
         note = (
             f"{kind}: forward and backward per token {summary['time_ratio']:.3f} x LLaVA's, in pairs {low:.3f} to "
             f"{high:.3f}"
@@ -696,6 +698,10 @@ def measure_run(arguments: argparse.Namespace) -> bool:
     if arguments.output:
         described = "\n".join(f"- {key}: {value}" for key, value in results.content["machine"].items())
         (arguments.output / "train_step.md").write_text(f"{described}\n\n{text}\n")
+    if arguments.plot:
+        rows = {kind: {"LLaVA-SP": results[f"steps, {kind}"]["summary"]["time_ratios"]} for kind in kinds}
+        panels = {"forward and backward per token over LLaVA's": rows}
+        plot_ratios(arguments.output / "train_step.png", panels)
     return met
 
 
@@ -709,7 +715,7 @@ def main() -> None:
         help="steps (with the projector's memory), the projector's memory alone, or what is computed (default: steps)",
     )
     parser.add_argument("--size", choices=list(SIZES), default="7b", help="of the models (default: 7b)")
-    parser.add_argument("--output", type=Path, help="a folder for train_step.json and train_step.md")
+    add_output_arguments(parser, "train_step")
     parser.add_argument("--repeats", type=int, default=10, help="measured steps of each model (default: 10)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default: 3)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
@@ -717,6 +723,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.repeats < 1 or arguments.warmup < 1:
         parser.error("--repeats and --warmup must be 1 or more")
+    check_output_arguments(parser, arguments)
     if arguments.arm:
         run_projector_process(arguments.arm)
         return

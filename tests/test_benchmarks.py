@@ -38,7 +38,8 @@ def projector_benchmark(load):
 
 def test_projector_is_measured_once_and_reported(projector_benchmark, monkeypatch, tmp_path, capsys):
     arguments = ("--size", "small", "--device", "cpu", "--batch-sizes", 1, 2, "--repeats", 3, "--output", tmp_path)
-    run(projector_benchmark, monkeypatch, *arguments)
+    run(projector_benchmark, monkeypatch, *arguments, "--plot")
+    assert (tmp_path / "projector.png").stat().st_size > 10_000
     parts = json.loads((tmp_path / "projector.json").read_text())["parts"]
     cells = {label: part for label, part in parts.items() if "batch" in label}
     assert len(cells) == 2 * 2 * 2
@@ -211,7 +212,28 @@ def test_released_shapes_need_a_gpu(generate_benchmark, monkeypatch, tmp_path):
         run(generate_benchmark, monkeypatch, "--device", "cpu", "--output", tmp_path)
 
 
-# The processor
+# The processor and imports
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "limit", "value"),
+    [("processor", ("--numbers", 1, "--turns", 5), "RATE_LIMIT", 0), ("imports", ("--turns", 1), "TIME_LIMIT", 9)],
+)
+def test_results_are_written_and_drawn(load, monkeypatch, tmp_path, name, arguments, limit, value):
+    benchmark = load(name)
+    # Whether limits are met is not what is tested
+    monkeypatch.setattr(benchmark, limit, value)
+    run(benchmark, monkeypatch, *arguments, "--output", tmp_path, "--plot")
+    parts = json.loads((tmp_path / f"{name}.json").read_text())["parts"]
+    assert all(part["ratios"] for part in parts.values())
+    assert "limits of" in (tmp_path / f"{name}.md").read_text()
+    assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+
+
+def test_plots_need_a_folder(load, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(load("processor"), monkeypatch, "--plot")
+    assert "--plot needs --output" in capsys.readouterr().err
 
 
 def test_processors_differ_by_the_spatial_tokens(load):
