@@ -194,7 +194,9 @@ def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def check_output_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Say before anything is measured that nothing can be drawn."""
+    """Say before anything is measured that nothing can be written or drawn."""
+    if arguments.output and arguments.output.exists() and not arguments.output.is_dir():
+        parser.error(f"--output {arguments.output} is a file: name a folder")
     if arguments.plot:
         require_matplotlib()
         if arguments.output is None:
@@ -292,10 +294,10 @@ class Results:
             self.content = json.loads(self.path.read_text())
             before = self.content["machine"]
             for key in (*SAME, *same):
-                if before[key] != machine[key]:
+                if before.get(key) != machine.get(key):
                     sys.exit(
-                        f"{self.path} has results with {key} {before[key]!r}, and this run has {machine[key]!r}: "
-                        "name another folder as --output."
+                        f"{self.path} has results with {key} {before.get(key)!r}, and this run has "
+                        f"{machine.get(key)!r}: name another folder as --output."
                     )
 
     def __getitem__(self, part: str) -> Any:
@@ -365,16 +367,19 @@ def median_and_range(values: Iterable[float], digits: int = 1) -> str:
 
 
 def plot_ratios(
-    file: Path, panels: dict[str, dict[str, dict[str, list[float]]]], marks: dict[str, dict[str, float]] | None = None
+    file: Path,
+    panels: dict[str, dict[str, dict[str, list[float]]]],
+    marks: dict[str, dict[str, tuple[str, float]]] | None = None,
 ) -> None:
     """
-    Draw ratios as PNG, the panels beside each other: a dot for a median, a line from the lowest to the highest.
+    Draw ratios, the panels beside each other: a dot for a median, a line from the lowest to the highest.
 
     Args:
         file (`Path`): The file to write. None is, where nothing has been measured.
         panels (`dict[str, dict[str, dict[str, list[float]]]]`): For each panel's title, for each row's label, for each
             series' name the ratios turn by turn. All panels have the same rows.
-        marks (`dict[str, dict[str, float]]`, *optional*): For a panel's title values to compare with, by name.
+        marks (`dict[str, dict[str, tuple[str, float]]]`, *optional*): For a panel's title, for a series' name what to
+            compare it with, by name and value.
     """
     from matplotlib.figure import Figure
 
@@ -393,8 +398,9 @@ def plot_ratios(
                     axes.plot([min(ratios), max(ratios)], [place, place], color=f"C{number}", linewidth=1)
                     axes.plot(statistics.median(ratios), place, "o", color=f"C{number}")
             axes.plot([], [], "o-", color=f"C{number}", label=name)
-        for number, (name, value) in enumerate((marks or {}).get(title, {}).items()):
-            axes.axvline(value, color=f"C{number}", linestyle=":", label=name)
+        for name, (mark, value) in (marks or {}).get(title, {}).items():
+            if name in names:
+                axes.axvline(value, color=f"C{names.index(name)}", linestyle=":", label=f"{name}, {mark}")
         axes.axvline(1, color="grey", linewidth=0.8)
         axes.set(title=title, yticks=range(len(rows)), yticklabels=rows)
         axes.grid(axis="x", alpha=0.3)

@@ -101,7 +101,7 @@ class Size:
 
 SIZES = {
     "7b": Size(shrink=1, thin=1, new_tokens=64, turns=5, reading_bytes=2**32),
-    "scaled": Size(shrink=8, thin=1, new_tokens=16, turns=15, reading_bytes=2**30),
+    "scaled": Size(shrink=8, thin=1, new_tokens=8, turns=45, reading_bytes=2**30),
     "small": Size(shrink=16, thin=8, new_tokens=4, turns=2, reading_bytes=2**22),
 }
 
@@ -595,9 +595,9 @@ def plot(results: Results, cells: Iterable[Cell], file: Path) -> None:
             for cell in measured
         }
 
-    first, others = "time to the first token over LLaVA's", "time for each further token over LLaVA's"
+    first, others = "time to the first token over LLaVA's", "time for each further token over LLaVA's (less is better)"
     panels = {first: ratios("ttft_ratios"), others: ratios("token_ratios")}
-    plot_ratios(file, panels, {others: {f"{name}, the paper": 1 / ratio for name, ratio in PAPER.items()}})
+    plot_ratios(file, panels, {others: {name: ("the paper", 1 / ratio) for name, ratio in PAPER.items()}})
 
 
 def main() -> None:
@@ -605,7 +605,7 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="7b", help="of the models (default: 7b)")
     add_output_arguments(parser, "generate")
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
-    parser.add_argument("--batch-sizes", nargs="+", type=int, help="these alone")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, choices=(1, 8, 32), help="these alone")
     parser.add_argument("--eager", action="store_true", help="nothing compiled")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further cell after so long")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
@@ -614,11 +614,18 @@ def main() -> None:
     device, size = torch.device(arguments.device), SIZES[arguments.size]
     check_output_arguments(parser, arguments)
     if arguments.size == "7b" and device.type != "cuda":
-        sys.exit("The 7B shapes need a CUDA device, and there is none: pass --size scaled.")
+        sys.exit("The 7B shapes need a CUDA device: pass --device cuda where there is one, or --size scaled.")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    machine = {**describe_machine(), **describe_device(device), "size": arguments.size, "dtype": str(dtype)}
+    machine = {
+        **describe_machine(),
+        **describe_device(device),
+        "size": arguments.size,
+        "turns": size.turns,
+        "new_tokens": size.new_tokens,
+        "dtype": str(dtype),
+    }
     path = arguments.output / "generate.json" if arguments.output else None
-    results = Results(path, machine, ("size", "dtype"))
+    results = Results(path, machine, ("size", "turns", "new_tokens", "dtype"))
     kinds, missing = attention_kinds(device, flex=True)
     print("\n".join(f"{key}: {value}" for key, value in machine.items()))
     print("\n".join(f"{name}: not measured, {reason}" for name, reason in missing.items()), flush=True)

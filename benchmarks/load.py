@@ -297,7 +297,12 @@ def main() -> None:
     parser.add_argument("--text-layers", type=int, default=1, help="language model layers of LLaVA-SP")
     parser.add_argument("--repeats", type=int, default=5, help="measured loads of each checkpoint, after one warm-up")
     parser.add_argument("--tries", type=int, default=20, help="how often a disturbed load is measured at most")
-    parser.add_argument("--dtype", default="auto", help="number format to load in; the files hold bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="number format to load in; the files hold bfloat16",
+    )
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the temporary folder is made")
     add_output_arguments(parser, "load")
     parser.add_argument("--load", help=argparse.SUPPRESS)
@@ -305,6 +310,8 @@ def main() -> None:
     if arguments.load:
         load(arguments.load, arguments.dtype)
         return
+    if arguments.repeats < 1 or arguments.text_layers < 1:
+        parser.error("--repeats and --text-layers must be 1 or more")
     # Whoever ends this does not want to keep the checkpoints
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 

@@ -130,7 +130,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
     add_output_arguments(parser, "processor")
     parser.add_argument("--numbers", nargs="+", type=int, default=[1, 64], help="pictures at a time (default: 1 64)")
-    parser.add_argument("--turns", type=int, default=40, help="for one picture; less for more (default: 40)")
+    parser.add_argument(
+        "--turns", type=int, default=160, help="for one picture; an eighth for 8 or more (default: 160)"
+    )
     arguments = parser.parse_args()
     if arguments.turns < 1 or min(arguments.numbers) < 1:
         parser.error("--turns and --numbers must be 1 or more")
@@ -142,7 +144,7 @@ def main() -> None:
     parts: dict[str, Callable[[], dict[str, Any]]] = {}
     for backend in image_processor_classes():
         for number in arguments.numbers:
-            turns = max(arguments.turns // max(number // 8, 1), min(arguments.turns, 5))
+            turns = arguments.turns if number < 8 else max(arguments.turns // 8, 1)
             parts[f"{backend}, {number}"] = partial(measure_cell, backend, number, turns)
     for label, measure in parts.items():
         results.add(label, measure)

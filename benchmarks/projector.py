@@ -129,6 +129,7 @@ def matrix_path(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> torch.
 
 def one_product(convolution: nn.Conv2d, input: torch.Tensor) -> torch.Tensor:
     """A convolution as one matrix product, also where [`MatmulConv2d`] makes a batch of it."""
+    # Where gradients may be wanted there is no batch
     with torch.enable_grad():
         return convolution.__class__.forward(convolution, input)
 
@@ -309,7 +310,7 @@ def report(results: Results, cells: list[tuple[str, str, int]]) -> tuple[str, li
 
 
 def plot(results: Results, cells: list[tuple[str, str, int]], file: Path) -> None:
-    """Draw the path's time over that of what it is compared with."""
+    """Draw the time of convolutions over the path's, and the path's over what the machine can do at most."""
     speedups: dict[str, dict[str, list[float]]] = {}
     over_limits: dict[str, dict[str, list[float]]] = {}
     for variant, dtype, batch_size in cells:
@@ -320,7 +321,10 @@ def plot(results: Results, cells: list[tuple[str, str, int]], file: Path) -> Non
             over_limits.setdefault(row, {})[variant] = figures["over_limits"]
     plot_ratios(
         file,
-        {"time of convolutions over LLaVA-SP's": speedups, "LLaVA-SP's time over the machine's limit": over_limits},
+        {
+            "convolutions' time over LLaVA-SP's (more is better)": speedups,
+            "LLaVA-SP's time over the machine's limit (less is better)": over_limits,
+        },
     )
 
 

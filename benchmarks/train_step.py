@@ -657,7 +657,7 @@ def measure_run(arguments: argparse.Namespace) -> bool:
     """Measure all parts, and print and write what comes out; returns whether the limits are met."""
     device = torch.device(arguments.device)
     if arguments.size == "7b" and device.type != "cuda":
-        sys.exit("The 7B shapes need a CUDA device, and there is none: pass --size small to try the script.")
+        sys.exit("The 7B shapes need a CUDA device: pass --device cuda where there is one, or --size small.")
     size = SIZES[arguments.size]()
     kinds, missing = attention_kinds(device)
     machine = {
@@ -727,6 +727,8 @@ def main() -> None:
     if arguments.arm:
         run_projector_process(arguments.arm)
         return
+    if arguments.what != "steps" and (arguments.output or arguments.plot):
+        parser.error("--output and --plot are for steps")
     if arguments.what == "memory":
         print_memory(arguments)
         return

@@ -7,20 +7,25 @@ How large a LLaVA-SP model is: parameters by part, and bytes of weights and of c
 Everything follows from the configuration; no weights are loaded.
 """
 
-import sys
+import argparse
 
 import torch
 
 from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration
 
 
-config = LlavaSPConfig.from_pretrained(sys.argv[1]) if len(sys.argv) > 1 else LlavaSPConfig()
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("model", nargs="?", help="a folder or a Hub id")
+arguments = parser.parse_args()
+config = LlavaSPConfig.from_pretrained(arguments.model) if arguments.model else LlavaSPConfig()
 with torch.device("meta"):
     model = LlavaSPForConditionalGeneration(config)
 
 
 def count(*modules: torch.nn.Module) -> int:
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+    # Embeddings may be the head, too
+    parameters = {parameter for module in modules for parameter in module.parameters()}
+    return sum(parameter.numel() for parameter in parameters)
 
 
 projector = model.model.multi_modal_projector
@@ -35,6 +40,8 @@ parts = {
     "patch MLP": count(projector.patch_mlp),
     "language model and head": count(language_model, model.lm_head),
 }
+if config.image_grid_pinpoints is not None:
+    parts["image separator"] = count(model.model.image_newline)
 total = sum(parts.values())
 assert total == count(model), "a part is missing from the list"
 

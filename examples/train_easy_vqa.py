@@ -191,7 +191,10 @@ def answer_all(
     if load_in_4bit:
         quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=UNQUANTIZED_MODULES)
     name = resolve_model_name(name)
-    model = AutoModelForImageTextToText.from_pretrained(name, quantization_config=quantization).eval()
+    device_map = "cuda" if torch.cuda.is_available() else None
+    model = AutoModelForImageTextToText.from_pretrained(
+        name, quantization_config=quantization, device_map=device_map
+    ).eval()
     processor = AutoProcessor.from_pretrained(name)
     found = []
     for start in tqdm(range(0, len(questions), batch_size), desc="Answering"):
@@ -202,6 +205,7 @@ def answer_all(
         ]
         inputs = processor.apply_chat_template(
             conversations,
+            add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -238,12 +242,19 @@ def score(
 
 def evaluate(name: str, load_in_4bit: bool, answers_file: Path | None, others: list[Path]) -> None:
     """Print the share of right answers to the test questions, for each type, and of answers that other runs gave."""
+    number = len(easy_vqa.get_test_questions()[0])
+    answers = {other: json.loads(other.read_text()) for other in others}
+    for other, theirs in answers.items():
+        if len(theirs) != number:
+            raise SystemExit(f"{other} has {len(theirs)} answers, and there are {number} questions.")
+    if answers_file is not None and not answers_file.parent.is_dir():
+        raise SystemExit(f"There is no folder {answers_file.parent} to write {answers_file.name} to.")
     scores, found = score(name, load_in_4bit=load_in_4bit)
     print("| questions | number | blind baseline | exact match |\n|---|---:|---:|---:|")
     for group, (number, blind_baseline, exact_match) in scores.items():
         print(f"| {group} | {number} | {blind_baseline:.1%} | {exact_match:.1%} |")
-    for other in others:
-        equal = sum(one == another for one, another in zip(found, json.loads(other.read_text()), strict=True))
+    for other, theirs in answers.items():
+        equal = sum(one == another for one, another in zip(found, theirs, strict=True))
         print(f"{equal / len(found):.2%} of the answers are those in {other}.")
     if answers_file is not None:
         answers_file.write_text(json.dumps(found))

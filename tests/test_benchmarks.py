@@ -211,7 +211,7 @@ def test_answer_limits(generate_benchmark, on_gpu, compiled, change, misses):
 
 
 def test_released_shapes_need_a_gpu(generate_benchmark, monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match="pass --size scaled"):
+    with pytest.raises(SystemExit, match="or --size scaled"):
         run(generate_benchmark, monkeypatch, "--device", "cpu", "--output", tmp_path)
 
 

@@ -211,7 +211,8 @@ def test_logits_and_greedy_tokens(case, loaded, loaded_in_double, sample):
     logits = model(**inputs).logits[0, :, : case.vocab_size]
     expected = case.last_logits(sample)
     torch.testing.assert_close(logits[-len(expected) :], expected, rtol=0, atol=2e-4)
-    # Of the samples' positions one has two highest scores whose difference is less than float32 rounds, if any
+    # At most one position of a sample has two scores so close that float32 cannot tell the higher one; float64 can,
+    # in test_tokens_of_the_highest_scores
     exact = loaded_in_double[0](**inputs).logits[0, :, : case.vocab_size]
     highest = exact.topk(2, dim=-1).values
     decided = highest[:, 0] - highest[:, 1] > 4 * torch.finfo(torch.float32).eps * exact.abs().max()

@@ -83,7 +83,9 @@ def test_memory_of_a_large_checkpoint(tmp_path, capsys):
     assert output.exists(), process.stderr
     with capsys.disabled():
         print(f"\n{process.stdout}")
-    for layout, part in json.loads(output.read_text())["parts"].items():
+    parts = json.loads(output.read_text())["parts"]
+    assert parts.keys() == {"single file", "shards"}, process.stderr
+    for layout, part in parts.items():
         summary = part["summary"]
         assert summary["llava-sp"]["bytes"] > 2e9
         # Less than the weights would be memory that was not counted

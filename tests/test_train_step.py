@@ -173,7 +173,7 @@ def test_report_says_whether_limits_are_met(script, machine, figures, size, slow
 
 def test_the_7b_needs_a_gpu(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_step.py", "--device", "cpu"])
-    with pytest.raises(SystemExit, match="pass --size small"):
+    with pytest.raises(SystemExit, match="or --size small"):
         script.main()
 
 

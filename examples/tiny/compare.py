@@ -29,7 +29,7 @@ import yaml
 from evaluate import BlindBaseline, average, evaluate, training_questions
 from make_model import SPATIAL_HIDDEN_SIZE, make_language_model
 from torch import nn
-from train_model import HERE, once
+from train_model import HERE, note_of, once
 
 from transformers_llava_sp import LlavaSPForConditionalGeneration, LlavaSPProcessor, LlavaSPProjector
 from transformers_llava_sp.modeling_llava_sp import LlavaSPProjectorOutput
@@ -229,7 +229,7 @@ def main() -> None:
         check_output(arguments.plot)
     tower, data = arguments.output / "tower", arguments.output / "scenes"
     for folder in (tower, data):
-        if not folder.is_dir():
+        if not (folder.is_dir() and note_of(folder).is_file()):
             parser.error(
                 f"there is no {folder}: python {HERE / 'train_model.py'} cropping {arguments.output} makes it"
             )

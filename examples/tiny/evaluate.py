@@ -250,9 +250,14 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, help="a JSON file to write each question and answer to")
     arguments = parser.parse_args()
 
+    if arguments.scenes < 1:
+        parser.error("--scenes must be 1 or more")
+    if arguments.output and not arguments.output.parent.is_dir():
+        parser.error(f"there is no folder {arguments.output.parent} to write to")
+    loaded = load(arguments.model, arguments.device)
     baseline = BlindBaseline(training_questions(arguments.training_scenes, arguments.training_seed))
     scores, rows = evaluate(
-        *load(arguments.model, arguments.device),
+        *loaded,
         split=arguments.split,
         scenes=arguments.scenes,
         seed=arguments.seed,

@@ -4,7 +4,7 @@ Small pictures of coloured shapes, with questions about them and their answers: 
     python examples/tiny/scenes.py work/scenes --split train --scenes 30000
     python examples/tiny/scenes.py work/scenes --split validation --scenes 500 --format datasets
 
-Scene number n of a split is the same on every machine and in every version of Python and Pillow. No split has a scene
+Scene number n of a split is the same on every machine. No split has a scene
 of another, and some pairs of a colour and a shape, and some counts, occur in the split `held_out` alone: see
 `HELD_OUT_PAIRS` and `HELD_OUT_COUNTS`.
 """
@@ -245,6 +245,9 @@ def make_scene(split: str, index: int, seed: int = 0) -> Scene:
         split (`str`): `"train"`, `"validation"`, `"test"` or `"held_out"`.
         index (`int`): The scene's number in the split, from 0.
         seed (`int`, *optional*, defaults to 0): Other seeds give other scenes.
+
+    Raises:
+        ValueError: If there is no such split, seed or scene.
     """
     # From an integer, Python draws the same numbers everywhere. The picture's are not the questions', so that other
     # questions leave the pictures as they are
@@ -698,8 +701,11 @@ def write_dataset(folder: Path, split: str, scenes: int, seed: int = 0) -> Path:
         }
     )
     output = folder / split
-    # A data set cannot be written over the files that a previous one was read from
-    shutil.rmtree(output, ignore_errors=True)
+    if output.exists():
+        if not (output / "dataset_info.json").is_file():
+            raise SystemExit(f"{output} is there, and no data set: name another folder to write to.")
+        # A data set cannot be written over the files that a previous one was read from
+        shutil.rmtree(output)
     with tempfile.TemporaryDirectory() as cache_dir:
         dataset = Dataset.from_generator(
             in_parallel,
@@ -725,5 +731,9 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.scenes is None:
         arguments.scenes = 30_000 if arguments.split == "train" else 500
+    try:
+        scene_seed(arguments.split, arguments.scenes - 1, arguments.seed)
+    except ValueError as error:
+        parser.error(str(error))
     write = write_llava if arguments.format == "llava" else write_dataset
     print(write(arguments.output, arguments.split, arguments.scenes, arguments.seed))

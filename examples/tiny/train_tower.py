@@ -77,7 +77,10 @@ class PatchClassifier(nn.Module):
         self.head = nn.Linear(CONFIG.hidden_size, sum(CLASSES.values()))
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`labels` of shape `(batch, kinds of classes, patches)`; logits of shape `(batch, patches, all classes)`."""
+        """
+        `pixel_values` of shape `(batch, channels, height, width)` and `labels` of shape
+        `(batch, kinds of classes, patches)`; logits of shape `(batch, patches, all classes)`.
+        """
         output = self.vision_tower(pixel_values, output_hidden_states=True)
         logits = self.head(output.hidden_states[FEATURE_LAYER][:, 1:])
         losses = [

@@ -141,7 +141,7 @@ class LlavaSPCausalLMOutputWithPast(ModelOutput):
 
 class MatmulConv2d(nn.Conv2d):
     """
-    A convolution as one matrix product over its windows. Kernels here are large and windows few: on a CPU, PyTorch's
+    A convolution as a matrix product over its windows. Kernels here are large and windows few: on a CPU, PyTorch's
     own convolution takes several times as long for them, and its gradient tens of times. In training the windows are
     kept, 13 MB for each image with the released models' details in bfloat16. There is no padding, dilation, grouping
     or bias. The weight keeps its shape `(out_channels, in_channels, size, size)`, as checkpoints store it.
@@ -160,8 +160,8 @@ class MatmulConv2d(nn.Conv2d):
         windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)  # (images, rows, columns, in_channels * size * size)
         weight = self.weight.flatten(1)
         if windows.device.type == "cpu" and windows.dtype == torch.float32 and not torch.is_grad_enabled():
-            # The CPU's library leaves products of so few rows to one of its threads, and shares batches of them out:
-            # the whole projector is 1.5 times as fast on two cores, for one image of the released models' size
+            # With few rows, PyTorch leaves a product to one thread, but shares out a batch: with all of the released
+            # models' spatial weights 1.3 to 1.4 times as fast on two cores, for one image (benchmarks/projector.py)
             parts = weight.unflatten(0, (math.gcd(4, self.out_channels), -1)).mT
             products = torch.bmm(windows.flatten(0, 2).expand(len(parts), -1, -1), parts)
             products = products.transpose(0, 1).flatten(1).unflatten(0, windows.shape[:3])

@@ -191,6 +191,9 @@ def spread_over_patches(detail_attention: torch.Tensor, config: LlavaSPProjector
     Returns:
         `torch.Tensor` of shape `(..., grid_size, grid_size)`: Weights of the patches, with the same sum. Patches that
         no detail feature sees get 0.
+
+    Raises:
+        ValueError: If the projector has no Detail Feature Integrator.
     """
     kernel, stride, grid = config.detail_kernel_size, config.detail_stride, config.grid_size
     if kernel is None:
@@ -900,7 +903,10 @@ def _colour_bar(
     ticks = [1 / limit, limit**-0.5, 1, limit**0.5, limit]
     # What is beyond has the same colour
     labels = [f"{tick:.2g}" for tick in ticks]
-    colour_bar.set_ticks(ticks, labels=[f"\N{LESS-THAN OR EQUAL TO} {labels[0]}", *labels[1:]])
+    labels[0] = f"\N{LESS-THAN OR EQUAL TO} {labels[0]}"
+    if limit == MAX_RATIO:
+        labels[-1] = f"\N{GREATER-THAN OR EQUAL TO} {labels[-1]}"
+    colour_bar.set_ticks(ticks, labels=labels)
     colour_bar.ax.yaxis.set_minor_locator(NullLocator())
     colour_bar.ax.tick_params(labelsize=8)
     colour_bar.set_label(label, fontsize=8)

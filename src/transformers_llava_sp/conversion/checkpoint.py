@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from ..configuration_llava_sp import LlavaSPConfig
-from ..tiny_models import resolve_model_name
+from ..tiny_models import TINY_MODELS, resolve_model_name
 
 
 # Everything but the weights, which a repository may hold in two formats. The authors' projector has one only.
@@ -122,6 +122,10 @@ def find_model_type(name: str) -> str | None:
     """The `model_type` in the config.json of a folder or Hub id. Raises an `OSError` if that cannot be found."""
     if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise OSError(f"There is no folder {name!r}.")
+    if not Path(name).exists() and name.startswith("tiny-") and "/" not in name:
+        raise OSError(
+            f"There is no folder {name!r}, and no tiny model of that name: there are {' and '.join(TINY_MODELS)}."
+        )
     try:
         return PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     except OSError as error:

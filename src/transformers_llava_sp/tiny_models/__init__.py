@@ -55,10 +55,9 @@ def resolve_model_name(name: str) -> str:
     Args:
         name (`str`): A folder, a Hub id or the name of a tiny model. A folder comes first.
 
-    Raises:
-        ValueError: If the name is like that of a tiny model, but there is none.
+    Returns:
+        `str`: The tiny model's folder, or the same name.
     """
-    # A model of the Hub has an owner
-    if name.startswith("tiny-") and "/" not in name and not Path(name).is_dir():
-        return tiny_model_path(name.removeprefix("tiny-"))
+    if name in TINY_MODELS and not Path(name).is_dir():
+        return tiny_model_path(TINY_MODELS[name])
     return name
