@@ -25,8 +25,9 @@ from transformers_llava_sp.visualization import require_matplotlib, save_figure
 
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 BLOCK_SIZE = 2**24  # bytes read at once
-# What results must share if they are to be compared
-SAME = ("device", "cpu", "cores", "torch", "transformers", "transformers_llava_sp")
+# What results must share if they are to be compared, and where it is the CPU that is measured
+SAME = ("device", "torch", "transformers", "transformers_llava_sp")
+SAME_CPU = ("cpu", "cores")
 
 # Package, and whether Transformers can use it
 FLASH_PACKAGES: dict[str, tuple[str, Callable[[], bool]]] = {
@@ -293,7 +294,7 @@ class Results:
         if self.path.exists():
             self.content = json.loads(self.path.read_text())
             before = self.content["machine"]
-            for key in (*SAME, *same):
+            for key in (*SAME, *(SAME_CPU if machine["device"] == "CPU" else ()), *same):
                 if before.get(key) != machine.get(key):
                     sys.exit(
                         f"{self.path} has results with {key} {before.get(key)!r}, and this run has "
@@ -306,9 +307,13 @@ class Results:
     def __contains__(self, part: str) -> bool:
         return part in self.content["parts"]
 
+    def has_measured(self, part: str) -> bool:
+        """Whether a part is there and has not failed."""
+        return part in self and "error" not in self[part]
+
     def add(self, part: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Measure a part that is not there yet."""
-        if part in self:
+        if self.has_measured(part):
             print(f"{part}: there already")
             return
         start = time.perf_counter()

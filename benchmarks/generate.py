@@ -15,7 +15,8 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -75,7 +76,8 @@ PAPER = {"cropping": 0.988, "pooling": 0.977}
 
 # The same picture for all, of 640 x 480 pixels: LLaVA pads it to a square, Qwen keeps its shape
 QWEN_GRID = (1, 34, 46)  # patches
-TEXT_TOKENS = 64
+# With 64, LLaVA's prompt would be five times 128, for which GPUs multiply matrices best, and LLaVA-SP's a little more
+TEXT_TOKENS = 70
 SECOND_QUESTION_TOKENS = 16
 
 
@@ -88,7 +90,8 @@ class Size:
         shrink (`int`): By what all widths of the 7B models are divided.
         thin (`int`): By what their numbers of layers are divided.
         new_tokens (`int`): How many tokens follow the first one.
-        turns (`int`): How often each is measured.
+        turns (`int`): How often that is measured. A multiple of the models of a group, so that each is first as often.
+        first_turns (`int`): How often the first token is measured.
         reading_bytes (`int`): How much is read to measure how fast memory is read.
     """
 
@@ -96,13 +99,14 @@ class Size:
     thin: int
     new_tokens: int
     turns: int
+    first_turns: int
     reading_bytes: int
 
 
 SIZES = {
-    "7b": Size(shrink=1, thin=1, new_tokens=64, turns=5, reading_bytes=2**32),
-    "scaled": Size(shrink=8, thin=1, new_tokens=8, turns=45, reading_bytes=2**30),
-    "small": Size(shrink=16, thin=8, new_tokens=4, turns=2, reading_bytes=2**22),
+    "7b": Size(shrink=1, thin=1, new_tokens=32, turns=12, first_turns=30, reading_bytes=2**32),
+    "scaled": Size(shrink=8, thin=1, new_tokens=8, turns=15, first_turns=45, reading_bytes=2**30),
+    "small": Size(shrink=16, thin=8, new_tokens=4, turns=3, first_turns=3, reading_bytes=2**22),
 }
 
 
@@ -130,20 +134,27 @@ class Cell:
 
 def list_cells(kinds: Iterable[str]) -> list[Cell]:
     """What is measured, the most important first."""
-    others = [kind for kind in kinds if kind != "sdpa"]
+    flash = [kind for kind in kinds if "flash" in kind]
+    # These compile by themselves, for long
+    others = [kind for kind in kinds if kind not in ("sdpa", *flash)]
     return [
         Cell("llava", "sdpa", False, 1),
         Cell("llava", "sdpa", False, 8),
+        *(Cell("llava", kind, False, 1) for kind in flash),
         Cell("llava", "sdpa", True, 1),
-        *(Cell("llava", kind, False, 1) for kind in others),
         Cell("llava", "sdpa", True, 8),
         Cell("llava", "sdpa", False, 32),
         Cell("llava", "sdpa", True, 32),
-        *(Cell("llava", kind, False, 8) for kind in others),
+        *(Cell("llava", kind, False, 8) for kind in flash),
         Cell("qwen", "sdpa", False, 1),
         Cell("qwen", "sdpa", False, 8),
         Cell("qwen", "sdpa", True, 1),
+        *(Cell("llava", kind, False, 1) for kind in others),
     ]
+
+
+# A label, the models' group, and what measures them
+Task = tuple[str, str, Callable[[dict[str, PreTrainedModel]], dict[str, Any]]]
 
 
 # Models
@@ -316,11 +327,14 @@ def answer(
 
     Returns:
         `tuple(float, float)`: Seconds to the scores of the first token, and from those of one token to those of the
-        next, their median: a step that has to record its CUDA graph again does not count.
+        next, their median, if there is one: a step that has to record its CUDA graph again does not count.
     """
     options: dict[str, Any] = {}
     if compiled:
-        compile_config = CompileConfig(mode="reduce-overhead" if model.device.type == "cuda" else "default")
+        # Each cache's length compiled by itself: the second model's would else be compiled for any length
+        compile_config = CompileConfig(
+            dynamic=False, mode="reduce-overhead" if model.device.type == "cuda" else "default"
+        )
         # Without it, generate compiles on a GPU alone
         compile_config._compile_all_devices = True
         options = {"cache_implementation": "static", "compile_config": compile_config}
@@ -339,7 +353,7 @@ def answer(
         raise RuntimeError(f"{type(model).__name__} answered {len(watch.marks)} tokens, expected {1 + new_tokens}.")
     first = watch.clock.milliseconds(start, watch.marks[0])
     others = [watch.clock.milliseconds(one, other) for one, other in pairwise(watch.marks)]
-    return first / 1e3, statistics.median(others) / 1e3
+    return first / 1e3, statistics.median(others) / 1e3 if others else float("nan")
 
 
 def measure_cell(models: dict[str, PreTrainedModel], cell: Cell, size: Size) -> dict[str, Any]:
@@ -352,7 +366,7 @@ def measure_cell(models: dict[str, PreTrainedModel], cell: Cell, size: Size) -> 
         size ([`Size`]): How much of it.
 
     Returns:
-        `dict[str, Any]`: For each model its tokens, the seconds to the first token and for each further one of each
+        `dict[str, Any]`: For each model its tokens, the seconds to the first token and for each further one, turn by
         turn, and on a GPU the highest memory in bytes, without what the other models keep there.
     """
     device = models["llava"].device
@@ -370,11 +384,15 @@ def measure_cell(models: dict[str, PreTrainedModel], cell: Cell, size: Size) -> 
         }
         for name, model in models.items()
     }
+    # Answers of several tokens, and then of one, which compiling does not touch
+    first_turns = 0 if cell.compiled else size.first_turns
     with (
         attention_kernel(cell.attention),
-        tqdm(total=(size.turns + 1) * len(models), desc=str(cell), unit="answer") as progress,
+        tqdm(total=(1 + size.turns + first_turns) * len(models), desc=str(cell), unit="answer") as progress,
     ):
-        for turn in range(size.turns + 1):
+        for turn in range(1 + size.turns + first_turns):
+            # Not while something is timed
+            gc.collect()
             for name in in_turn(models, turn):
                 model = models[name]
                 if turn == 0:
@@ -382,32 +400,41 @@ def measure_cell(models: dict[str, PreTrainedModel], cell: Cell, size: Size) -> 
                 if on_gpu:
                     torch.cuda.reset_peak_memory_stats()
                     kept = torch.cuda.memory_allocated() - count_bytes([*model.parameters(), *model.buffers()])
-                first, others = answer(model, inputs[name], size.new_tokens, cell.compiled)
+                new_tokens = size.new_tokens if turn <= size.turns else 0
+                first, others = answer(model, inputs[name], new_tokens, cell.compiled)
                 # The first turn warms up, and compiles
-                if turn:
+                if turn > size.turns or (turn and not first_turns):
                     results[name]["ttft_seconds"].append(first)
+                if 0 < turn <= size.turns:
                     results[name]["token_seconds"].append(others)
                     if on_gpu:
                         results[name]["peak_bytes"].append(torch.cuda.max_memory_allocated() - kept)
                 progress.update()
-    # Compiled code, static caches and the memory of CUDA graphs belong to this cell
-    for model in models.values():
-        for attribute in ("_compiled_call", "_last_compile_config", "_previous_max_cache_length"):
-            model.__dict__.pop(attribute, None)
-    torch.compiler.reset()
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
     return results
 
 
 def try_cell(models: dict[str, PreTrainedModel], cell: Cell, size: Size) -> dict[str, Any]:
     """[`measure_cell`], or why it cannot be measured here, so that the others are measured all the same."""
+    gc.collect()
+    gc.disable()
     try:
         return measure_cell(models, cell, size)
-    except (RuntimeError, ImportError, ValueError) as error:
-        print(f"{cell}: failed, {error}", flush=True)
-        return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+    except torch.AcceleratorError:
+        # The device can do nothing more in this process
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+    finally:
+        gc.enable()
+        # Compiled code, static caches and the memory of CUDA graphs belong to this cell
+        for model in models.values():
+            for attribute in ("_compiled_call", "_last_compile_config", "_previous_max_cache_length"):
+                model.__dict__.pop(attribute, None)
+        torch.compiler.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 @torch.inference_mode()
@@ -451,24 +478,29 @@ def measure_conversation(models: dict[str, PreTrainedModel], size: Size) -> dict
 def measure_agreement(models: dict[str, PreTrainedModel], kinds: dict[str, str]) -> dict[str, Any]:
     """
     The logits of a prompt with each kind of attention: the largest difference to those of `sdpa` over their largest
-    value, and where the highest logit is the same, as a share of positions.
+    value, and where the highest logit is the same, as a share of positions; or why there are none.
     """
     figures: dict[str, Any] = {}
     for name, model in models.items():
         inputs = make_inputs(name, model, 1)
-        logits = {}
-        for kind, implementation in kinds.items():
-            model.set_attn_implementation(implementation)
-            with attention_kernel(kind):
-                logits[kind] = model(**inputs, use_cache=False).logits.float()
-        expected = logits["sdpa"]
-        figures[name] = {
-            kind: {
+        figures[name] = {}
+        expected = None
+        for kind in sorted(kinds, key=lambda kind: kind != "sdpa"):
+            model.set_attn_implementation(kinds[kind])
+            try:
+                with attention_kernel(kind):
+                    found = model(**inputs, use_cache=False).logits.float()
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                traceback.print_exc()
+                figures[name][kind] = {"error": f"{type(error).__name__}"}
+                continue
+            expected = found if expected is None else expected
+            figures[name][kind] = {
                 "difference": ((found - expected).abs().max() / expected.abs().max()).item(),
                 "same_choice": (found.argmax(-1) == expected.argmax(-1)).float().mean().item(),
             }
-            for kind, found in logits.items()
-        }
     return figures
 
 
@@ -506,7 +538,8 @@ def find_misses(cell: Cell, summary: dict[str, dict[str, Any]], on_gpu: bool) ->
         figures = summary[name]
         ttft_limit = GPU_TTFT_LIMITS.get(cell.batch_size) if on_gpu else CPU_TIME_LIMIT
         token_limit = 1 / GPU_RATE_LIMIT if on_gpu else CPU_TIME_LIMIT
-        if ttft_limit and figures["ttft_ratio"] > ttft_limit:
+        # The first token is not compiled, but those before it leave memory that is asked for again
+        if ttft_limit and not cell.compiled and figures["ttft_ratio"] > ttft_limit:
             misses.append(f"{name}: time to first token {figures['ttft_ratio']:.3f} x LLaVA's, at most {ttft_limit}")
         if figures["token_ratio"] > token_limit:
             misses.append(f"{name}: time per token {figures['token_ratio']:.3f} x LLaVA's, at most {token_limit:.3f}")
@@ -531,6 +564,7 @@ def report(results: Results, cells: Iterable[Cell]) -> tuple[str, list[str], int
             continue
         if "error" in results[str(cell)]:
             lines += ["", f"{cell}: failed, {results[str(cell)]['error']}"]
+            misses += [f"{cell}: failed"]
             continue
         figures = {name: results[str(cell)][name] for name in GROUPS[cell.group]}
         summary = results[str(cell)]["summary"] = summarise(cell, figures, bandwidth)
@@ -577,9 +611,13 @@ def report(results: Results, cells: Iterable[Cell]) -> tuple[str, list[str], int
         ]
         for name, kinds in without_record(results["agreement"]).items():
             lines += [
-                f"| {name} | {kind} | {figure['difference']:.1e} | {figure['same_choice']:.1%} |"
+                f"| {name} | {kind} | failed, {figure['error']} | - |"
+                if "error" in figure
+                else f"| {name} | {kind} | {figure['difference']:.1e} | {figure['same_choice']:.1%} |"
                 for kind, figure in kinds.items()
             ]
+    missing = results.content.get("missing", {})
+    lines += ["", *(f"{name}: not measured, {reason}" for name, reason in missing.items())]
     return "\n".join(lines), misses, num_checked
 
 
@@ -628,7 +666,7 @@ def main() -> None:
     results = Results(path, machine, ("size", "turns", "new_tokens", "dtype"))
     kinds, missing = attention_kinds(device, flex=True)
     print("\n".join(f"{key}: {value}" for key, value in machine.items()))
-    print("\n".join(f"{name}: not measured, {reason}" for name, reason in missing.items()), flush=True)
+    results.content["missing"] = missing
     cells = [
         cell
         for cell in list_cells(kinds)
@@ -638,23 +676,28 @@ def main() -> None:
     ]
 
     results.add("reading", partial(measure_reading, size.reading_bytes, device))
+    tasks: list[Task] = [(str(cell), cell.group, partial(try_cell, cell=cell, size=size)) for cell in cells]
+    if "llava" in arguments.groups:
+        # Behind the most important cells
+        place = next((i for i, cell in enumerate(cells) if cell.group != "llava" or cell.batch_size > 8), len(cells))
+        tasks[place:place] = [
+            ("conversation", "llava", partial(measure_conversation, size=size)),
+            ("agreement", "llava", partial(measure_agreement, kinds=kinds)),
+        ]
     models: dict[str, PreTrainedModel] = {}
-    for cell in cells:
-        if str(cell) in results:
-            print(f"{cell}: there already")
+    for label, group, measure in tasks:
+        if results.has_measured(label):
+            print(f"{label}: there already")
             continue
         if time.perf_counter() - begun > 60 * arguments.minutes:
             break
-        names = GROUPS[cell.group]
+        names = GROUPS[group]
         for name in set(models) - set(names):
             del models[name]
         gc.collect()
         # In the group's order
         models = {name: models.get(name) or make_model(name, size, device, dtype) for name in names}
-        if cell.group == "llava":
-            results.add("agreement", partial(measure_agreement, models, kinds))
-            results.add("conversation", partial(measure_conversation, models, size))
-        results.add(str(cell), partial(try_cell, models, cell, size))
+        results.add(label, partial(measure, models))
 
     figures = report(results, cells)
     if arguments.plot:
