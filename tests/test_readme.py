@@ -26,7 +26,7 @@ from transformers import (
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from transformers_llava_sp import cli
+from transformers_llava_sp import cli, tiny_model_path
 from transformers_llava_sp.cli import app
 from transformers_llava_sp.training.train import read_recipe
 
@@ -258,6 +258,12 @@ def test_sizes_in_the_readme_are_what_the_script_prints(monkeypatch):
     parts, sizes = printed.getvalue().strip().split("\n\n")
     assert "| **together** | **7,965,997,568** |" in parts
     assert sizes in README
+
+
+def test_sizes_of_a_model_with_tied_embeddings(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["model_size.py", tiny_model_path()])
+    runpy.run_path(str(REPOSITORY / "examples" / "model_size.py"))
+    assert "| **together** | **1,354,648** |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))

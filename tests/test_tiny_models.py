@@ -18,6 +18,7 @@ import transformers_llava_sp
 from transformers_llava_sp import tiny_model_path
 from transformers_llava_sp.cli import app
 from transformers_llava_sp.conversion import inspect_checkpoint
+from transformers_llava_sp.conversion.checkpoint import require_llava_sp
 from transformers_llava_sp.tiny_models import TINY_MODELS, resolve_model_name
 
 
@@ -138,6 +139,11 @@ def test_weights_answer_as_the_results_say(variant, monkeypatch):
         variance = sum(share * (1 - share) / kinds[kind] for kind, share in shares.items()) / len(kinds) ** 2
         expected = sum(shares.values()) / len(shares)
         assert average(scores).exact_match == pytest.approx(expected, abs=4 * variance**0.5)
+
+
+def test_name_of_no_tiny_model():
+    with pytest.raises(OSError, match="no tiny model of that name: there are tiny-cropping and tiny-pooling"):
+        require_llava_sp("tiny-medium")
 
 
 def test_folder_of_a_tiny_models_name_comes_first(tmp_path, monkeypatch):
