@@ -410,5 +410,6 @@ def plot_ratios(
         axes.set(title=title, yticks=range(len(rows)), yticklabels=rows)
         axes.grid(axis="x", alpha=0.3)
         axes.legend()
-    columns[0].invert_yaxis()
+    # From the top
+    columns[0].set_ylim(len(rows) - 0.5, -0.5)
     save_figure(figure, file)
