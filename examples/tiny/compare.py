@@ -209,7 +209,8 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
                 axes.plot(places, shares, ".", color=f"C{number}", label=name if index == 0 else None)
         blind = [100 * results[0]["blind"][split].get(kind, float("nan")) for kind in kinds]
         axes.plot(range(len(kinds)), blind, "_", color="grey", markersize=30, label="blind baseline")
-        axes.set(title=split, ylabel="exact match, %", ylim=(0, 101), xticks=range(len(kinds)), xticklabels=kinds)
+        axes.set(title=split, ylabel="exact match, %", ylim=(0, 101), xticks=range(len(kinds)))
+        axes.set_xticklabels([kind.replace(", ", ",\n") for kind in kinds])
         axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="lower left", ncols=len(names) + 1)
     save_figure(figure, file)
