@@ -357,7 +357,7 @@ def main() -> None:
     for dtype in dtypes:
         side = MATRIX_SIZES[arguments.size][device.type]
         results.add(f"products, {dtype}", partial(measure_matrix_products, side, device, DTYPES[dtype]))
-    # The smallest batch of all first: a run that is cut short has that of both variants
+    # The first batch size of all first: a run that is cut short has that of both variants
     projector: LlavaSPProjector | None = None
     made = None
     for batch_sizes in (arguments.batch_sizes[:1], arguments.batch_sizes[1:]):

@@ -242,11 +242,11 @@ def score(
 
 def evaluate(name: str, load_in_4bit: bool, answers_file: Path | None, others: list[Path]) -> None:
     """Print the share of right answers to the test questions, for each type, and of answers that other runs gave."""
-    number = len(easy_vqa.get_test_questions()[0])
+    num_questions = len(easy_vqa.get_test_questions()[0])
     answers = {other: json.loads(other.read_text()) for other in others}
     for other, theirs in answers.items():
-        if len(theirs) != number:
-            raise SystemExit(f"{other} has {len(theirs)} answers, and there are {number} questions.")
+        if len(theirs) != num_questions:
+            raise SystemExit(f"{other} has {len(theirs)} answers, and there are {num_questions} questions.")
     if answers_file is not None and not answers_file.parent.is_dir():
         raise SystemExit(f"There is no folder {answers_file.parent} to write {answers_file.name} to.")
     scores, found = score(name, load_in_4bit=load_in_4bit)

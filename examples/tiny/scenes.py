@@ -4,9 +4,8 @@ Small pictures of coloured shapes, with questions about them and their answers: 
     python examples/tiny/scenes.py work/scenes --split train --scenes 30000
     python examples/tiny/scenes.py work/scenes --split validation --scenes 500 --format datasets
 
-Scene number n of a split is the same on every machine. No split has a scene
-of another, and some pairs of a colour and a shape, and some counts, occur in the split `held_out` alone: see
-`HELD_OUT_PAIRS` and `HELD_OUT_COUNTS`.
+Scene number n of a split is the same on every machine. No split has a scene of another, and some pairs of a colour and
+a shape, and some counts, occur in the split `held_out` alone: see `HELD_OUT_PAIRS` and `HELD_OUT_COUNTS`.
 """
 
 import argparse

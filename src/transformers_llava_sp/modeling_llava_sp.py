@@ -147,6 +147,9 @@ class MatmulConv2d(nn.Conv2d):
     or bias. The weight keeps its shape `(out_channels, in_channels, size, size)`, as checkpoints store it.
     """
 
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1):
+        super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """
         Args:
@@ -182,7 +185,7 @@ class SpatialFeatureExtractor(nn.Module):
         self.spatial_variant = config.spatial_variant
         self.spatial_scales: list[int] = config.spatial_scales  # type: ignore[assignment]  # filled in by the config
         self.convolutions = nn.ModuleList(
-            MatmulConv2d(config.vision_hidden_size, config.spatial_hidden_size, kernel_size=size, bias=False)
+            MatmulConv2d(config.vision_hidden_size, config.spatial_hidden_size, kernel_size=size)
             for size in self.spatial_scales
         )
 
@@ -231,7 +234,6 @@ class DetailFeatureIntegrator(nn.Module):
             hidden_size,
             kernel_size=config.detail_kernel_size,  # type: ignore[arg-type]  # filled in by the config
             stride=config.detail_stride,
-            bias=False,
         )
         self.query_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.query_proj = nn.Linear(hidden_size, hidden_size)
