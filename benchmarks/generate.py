@@ -58,6 +58,7 @@ from transformers import (
 )
 
 from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration
+from transformers_llava_sp.modeling_llava_sp import CACHE
 
 
 # What is compared with the first of its group, in turns
@@ -460,7 +461,7 @@ def measure_conversation(models: dict[str, PreTrainedModel], size: Size) -> dict
         ways = {
             "kept": lambda second=second, first=first: {
                 **second,
-                "past_key_values": copy.deepcopy(first.past_key_values),
+                CACHE: copy.deepcopy(first[CACHE]),
             },
             "again": lambda second=second, inputs=inputs: {**second, "pixel_values": inputs["pixel_values"]},
         }

@@ -39,7 +39,7 @@ for question in questions:
     else:
         cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        outputs = model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=64)
+        outputs = model.generate(**inputs, cache=cache, do_sample=False, max_new_tokens=64)
     read = outputs[:, : cache.get_seq_length()]
     answer = processor.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})

@@ -105,7 +105,7 @@ def decode(model, inputs: dict, decode_step) -> tuple[torch.Tensor, torch.Tensor
     mask = inputs["attention_mask"]
     cache = StaticCache(config=model.config, max_cache_len=mask.shape[1] + NEW_TOKENS)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    prefill = model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    prefill = model(**inputs, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1)
     ids, logits = [prefill.logits.argmax(dim=-1)], []
     # As long as the cache from the beginning: a mask that grew would be a new shape at each step
     mask = torch.cat([mask, mask.new_ones(len(mask), NEW_TOKENS)], dim=1)
@@ -114,7 +114,7 @@ def decode(model, inputs: dict, decode_step) -> tuple[torch.Tensor, torch.Tensor
             input_ids=ids[-1],
             attention_mask=mask,
             position_ids=positions[:, -1:] + step,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         logits.append(output.logits)

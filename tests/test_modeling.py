@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import Cache, GenerationMixin, LlamaForCausalLM
 
 from transformers_llava_sp import LlavaSPForConditionalGeneration
+from transformers_llava_sp.modeling_llava_sp import CACHE
 
 
 LOGITS_ATOL = 2e-5
@@ -168,7 +169,7 @@ def test_decoding_with_a_cache_equals_one_forward(model, inputs):
                 input_ids=input_ids[:, position : position + 1],
                 attention_mask=attention_mask[:, : position + 1],
                 position_ids=position_ids[:, position : position + 1],
-                past_key_values=prefill.past_key_values,
+                cache=prefill[CACHE],
             )
             assert step.image_hidden_states is None
             assert_logits_equal(step.logits[:, 0], expected[:, position])
@@ -194,13 +195,13 @@ class SecondTurn:
 
     conversation: dict
     new_images: torch.Tensor
-    past_key_values: Cache
+    cache: Cache
 
     def continued(self, only_new_tokens: bool) -> dict:
         """What to call the model with: the whole conversation, or only what the cache does not hold."""
-        arguments = {**self.conversation, "past_key_values": copy.deepcopy(self.past_key_values)}
+        arguments = {**self.conversation, "cache": copy.deepcopy(self.cache)}
         if only_new_tokens:
-            arguments["input_ids"] = arguments["input_ids"][:, self.past_key_values.get_seq_length() :]
+            arguments["input_ids"] = arguments["input_ids"][:, self.cache.get_seq_length() :]
         return arguments
 
 
@@ -222,7 +223,7 @@ def second_turn(model) -> SecondTurn:
         # In the order of their placeholders: both images of the first sample, then that of the second
         "pixel_values": torch.cat([first["pixel_values"], new_images]),
     }
-    return SecondTurn(conversation, new_images, output.past_key_values)
+    return SecondTurn(conversation, new_images, output[CACHE])
 
 
 @pytest.mark.parametrize("only_new_tokens", [False, True], ids=["whole-conversation", "only-new-tokens"])
@@ -246,7 +247,26 @@ def test_text_turn_continues_from_the_returned_cache(model):
     output = model.generate(**first, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
     input_ids = torch.cat([output.sequences, torch.tensor([[14, 15, 16]])], dim=1)
     expected = greedy(model, {"input_ids": input_ids, "pixel_values": first["pixel_values"]})
-    assert_same_answer(greedy(model, {"input_ids": input_ids}, past_key_values=output.past_key_values), expected)
+    assert_same_answer(greedy(model, {"input_ids": input_ids}, cache=output[CACHE]), expected)
+
+
+def test_both_names_of_the_cache_are_taken(model):
+    """Transformers 5.24 calls it `cache`, earlier releases `past_key_values`; here both work with all of them."""
+    first = tiny_inputs(model, [[5, 6, 7, 8]], [1])
+    output = model.generate(**first, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
+    input_ids = torch.cat([output.sequences, torch.tensor([[14, 15, 16]])], dim=1)
+    caches = {name: {name: copy.deepcopy(output[CACHE])} for name in ("cache", "past_key_values")}
+    new_ids = input_ids[:, output[CACHE].get_seq_length() :]
+    with torch.no_grad():
+        logits = {name: model(input_ids=new_ids, **copy.deepcopy(cache)).logits for name, cache in caches.items()}
+    assert torch.equal(logits["cache"], logits["past_key_values"])
+    answers = {name: greedy(model, {"input_ids": input_ids}, **cache) for name, cache in caches.items()}
+    assert_same_answer(answers["cache"], answers["past_key_values"])
+    both = dict.fromkeys(caches, output[CACHE])
+    with pytest.raises(ValueError, match="two names of the same argument"):
+        model(input_ids=new_ids, **both)
+    with pytest.raises(ValueError, match="two names of the same argument"):
+        greedy(model, {"input_ids": input_ids}, **both)
 
 
 # Beams and samples

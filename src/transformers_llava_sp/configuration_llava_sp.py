@@ -495,8 +495,8 @@ class LlavaSPConfig(LlavaSPPreTrainedConfig):
     ```"""
 
     model_type = "llava_sp"
-    # What Trainer must not collect as predictions
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "image_hidden_states"]
+    # What Trainer must not collect as predictions; Transformers renamed the cache in 5.24
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values", "image_hidden_states"]
     attribute_map: ClassVar[dict[str, str]] = {"image_token_id": "image_token_index"}
     sub_configs: ClassVar[dict[str, type]] = {
         "vision_config": AutoConfig,

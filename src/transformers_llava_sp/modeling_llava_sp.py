@@ -37,7 +37,12 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
@@ -51,6 +56,30 @@ except ImportError:
 
     def select_hidden_states(selection: Callable) -> Callable:
         return lambda function: function
+
+
+# What Transformers calls the language model's cache: `cache` from 5.24 on, `past_key_values` in earlier releases
+CACHE = "cache" if "cache" in (field.name for field in fields(CausalLMOutputWithPast)) else "past_key_values"
+
+
+def cache_argument(cache: Cache | None, past_key_values: Cache | None) -> dict[str, Cache]:
+    """
+    The cache, passed by either of its names, as an argument by the name that the installed Transformers has for it.
+
+    Args:
+        cache (`Cache`, *optional*): Keys and values of the tokens before.
+        past_key_values (`Cache`, *optional*): The same.
+
+    Returns:
+        `dict[str, Cache]`: The argument, or nothing if there is no cache.
+
+    Raises:
+        ValueError: If both are passed.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("`cache` and `past_key_values` are two names of the same argument: pass one of them.")
+    given = past_key_values if cache is None else cache
+    return {} if given is None else {CACHE: given}
 
 
 @dataclass
@@ -110,32 +139,17 @@ class LlavaSPModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class LlavaSPCausalLMOutputWithPast(ModelOutput):
+class LlavaSPCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
-    Output of [`LlavaSPForConditionalGeneration`].
+    Output of [`LlavaSPForConditionalGeneration`]: that of every causal language model, and the image's tokens.
 
     Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is provided):
-            Next-token cross-entropy over the labels that are not -100.
-        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            Scores before the softmax, for the positions that `logits_to_keep` selects.
-        past_key_values (`Cache`, *optional*, returned with `use_cache=True`, the language model's default):
-            The keys and values computed so far.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned with `output_hidden_states=True`):
-            The language model's hidden states, each of shape `(batch_size, sequence_length, text_hidden_size)`.
-        attentions (`tuple(torch.FloatTensor)`, *optional*, returned with `output_attentions=True`):
-            The language model's attentions, each of shape `(batch_size, heads, sequence_length, sequence_length)`.
         image_hidden_states (`torch.FloatTensor`, *optional*):
             The tokens that replaced the images' placeholders, of shape
             `(images, spatial_tokens + patch_tokens, text_hidden_size)`, where `pixel_values` were passed. With tiles
             of shape `(image_tokens, text_hidden_size)`, one image after the other.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
@@ -143,12 +157,10 @@ class MatmulConv2d(nn.Conv2d):
     """
     A convolution as a matrix product over its windows. Kernels here are large and windows few: on a CPU, PyTorch's
     own convolution takes several times as long for them, and its gradient tens of times. In training the windows are
-    kept, 13 MB for each image with the released models' details in bfloat16. There is no padding, dilation, grouping
-    or bias. The weight keeps its shape `(out_channels, in_channels, size, size)`, as checkpoints store it.
+    kept, 13 MB for each image with the released models' details in bfloat16. Padding, dilation and groups are not
+    taken into account, which no convolution here has, nor PEFT's layers beside one, which are of this class as well.
+    The weight keeps its shape `(out_channels, in_channels, size, size)`, as checkpoints store it.
     """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1):
-        super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """
@@ -168,8 +180,10 @@ class MatmulConv2d(nn.Conv2d):
             parts = weight.unflatten(0, (math.gcd(4, self.out_channels), -1)).mT
             products = torch.bmm(windows.flatten(0, 2).expand(len(parts), -1, -1), parts)
             products = products.transpose(0, 1).flatten(1).unflatten(0, windows.shape[:3])
+            if self.bias is not None:
+                products = products + self.bias
         else:
-            products = F.linear(windows, weight)
+            products = F.linear(windows, weight, self.bias)
         return products.permute(0, 3, 1, 2)
 
 
@@ -185,7 +199,7 @@ class SpatialFeatureExtractor(nn.Module):
         self.spatial_variant = config.spatial_variant
         self.spatial_scales: list[int] = config.spatial_scales  # type: ignore[assignment]  # filled in by the config
         self.convolutions = nn.ModuleList(
-            MatmulConv2d(config.vision_hidden_size, config.spatial_hidden_size, kernel_size=size)
+            MatmulConv2d(config.vision_hidden_size, config.spatial_hidden_size, kernel_size=size, bias=False)
             for size in self.spatial_scales
         )
 
@@ -234,6 +248,7 @@ class DetailFeatureIntegrator(nn.Module):
             hidden_size,
             kernel_size=config.detail_kernel_size,  # type: ignore[arg-type]  # filled in by the config
             stride=config.detail_stride,
+            bias=False,
         )
         self.query_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.query_proj = nn.Linear(hidden_size, hidden_size)
@@ -344,7 +359,7 @@ class LlavaSPPreTrainedModel(PreTrainedModel):
     input_modalities: ClassVar[tuple[str, ...]] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["LlavaSPProjector"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar = ["cache", "past_key_values"]
 
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -718,9 +733,10 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaSPModelOutputWithPast:
         """
@@ -734,19 +750,21 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
                 1 for tokens, 0 for padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Positions of the tokens.
-            past_key_values (`Cache`, *optional*):
+            cache (`Cache`, *optional*):
                 Keys and values of the tokens before.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, text_hidden_size)`, *optional*):
                 Embeddings in place of `input_ids`.
             image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
                 (height, width) of each image in pixels before it was processed; needed for tiles.
+            past_key_values (`Cache`, *optional*):
+                Another name of `cache`, the only one before Transformers 5.24.
 
         Returns:
             [`LlavaSPModelOutputWithPast`], or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: If neither or both of `input_ids` and `inputs_embeds` are passed, if images have another size
-                than the model takes, or if the number of placeholders is not the number of image features.
+            ValueError: If neither or both of `input_ids` and `inputs_embeds` are passed, or two caches; if images have
+                another size than the model takes; or if there are more or fewer placeholders than image features.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -772,17 +790,17 @@ class LlavaSPModel(LlavaSPPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             return_dict=True,
+            **cache_argument(cache, past_key_values),
             **kwargs,
         )
         return LlavaSPModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+            **{CACHE: outputs.get(CACHE)},
         )
 
 
@@ -1203,11 +1221,12 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaSPCausalLMOutputWithPast:
         """
@@ -1221,7 +1240,7 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
                 1 for tokens, 0 for padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Positions of the tokens.
-            past_key_values (`Cache`, *optional*):
+            cache (`Cache`, *optional*):
                 Keys and values of the tokens before.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, text_hidden_size)`, *optional*):
                 Embeddings in place of `input_ids`.
@@ -1231,13 +1250,15 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
                 Token ids to predict, -100 where there is nothing to learn. They are shifted by the model.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute only the last `logits_to_keep` logits (0: all), or those at the given positions.
+            past_key_values (`Cache`, *optional*):
+                Another name of `cache`, the only one before Transformers 5.24.
 
         Returns:
             [`LlavaSPCausalLMOutputWithPast`], or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: If neither or both of `input_ids` and `inputs_embeds` are passed, if images have another size
-                than the model takes, or if the number of placeholders is not the number of image features.
+            ValueError: If neither or both of `input_ids` and `inputs_embeds` are passed, or two caches; if images have
+                another size than the model takes; or if there are more or fewer placeholders than image features.
 
         Example:
 
@@ -1264,6 +1285,7 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             image_sizes=image_sizes,
@@ -1281,25 +1303,36 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         return LlavaSPCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """
         As `GenerationMixin.generate`, with two checks of the prompt in front.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The prompt's token ids, also `input_ids`.
+            cache, past_key_values (`Cache`, *optional*):
+                Keys and values of the tokens before, by either name.
             args, kwargs: The other arguments of [`~generation.GenerationMixin.generate`], and the model's inputs.
 
         Raises:
             ValueError: If the prompt is longer than the language model's positions, has image tokens but comes without
-                `pixel_values`, or has images and `prefill_chunk_size` would cut through them.
+                `pixel_values`, or has images and `prefill_chunk_size` would cut through them; or if there are two
+                caches.
         """
+        kwargs |= cache_argument(cache, past_key_values)
         generation_config = kwargs.get("generation_config")
         if generation_config is not None and generation_config.is_assistant:
             # What an assistant of speculative decoding continues is not a prompt, and it is not shown the images
@@ -1317,10 +1350,10 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
                 f"{'' if self.config.image_grid_pinpoints is None else ', and its tiles take more'}."
             )
         if input_ids is not None and inputs_embeds is None and kwargs.get("pixel_values") is None:
-            past_key_values, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+            past, attention_mask = kwargs.get(CACHE), kwargs.get("attention_mask")
             # With a cache, either the whole sequence is passed or, beside a longer mask, only what is new
             only_new = attention_mask is not None and attention_mask.shape[1] > input_ids.shape[1]
-            num_cached = 0 if past_key_values is None or only_new else past_key_values.get_seq_length()
+            num_cached = 0 if past is None or only_new else past.get_seq_length()
             if self.model.get_placeholder_mask(input_ids[:, num_cached:]).any():
                 raise ValueError(
                     "The prompt has image tokens, but `pixel_values` is missing: pass everything that the processor "

@@ -30,6 +30,7 @@ from transformers.image_processing_utils import BaseImageProcessor, select_best_
 
 from .configuration_llava_sp import ImageLayout, LlavaSPConfig, LlavaSPProjectorConfig
 from .modeling_llava_sp import (
+    CACHE,
     LlavaSPForConditionalGeneration,
     SpatialFeatureExtractor,
     image_token_positions,
@@ -487,7 +488,7 @@ def _answer(
     with _eager_attention(language_model):
         attentions = model(
             input_ids=torch.cat([prompt[:, -1:], answer_ids[:, :-1]], dim=1),
-            past_key_values=prefill.past_key_values,
+            **{CACHE: prefill[CACHE]},
             output_attentions=True,
         ).attentions
     answer = processor.decode(answer_ids[0], skip_special_tokens=True).strip()
