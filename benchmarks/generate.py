@@ -106,7 +106,7 @@ class Size:
 
 SIZES = {
     "7b": Size(shrink=1, thin=1, new_tokens=32, turns=12, first_turns=30, reading_bytes=2**32),
-    "scaled": Size(shrink=8, thin=1, new_tokens=8, turns=15, first_turns=45, reading_bytes=2**30),
+    "scaled": Size(shrink=8, thin=1, new_tokens=16, turns=60, first_turns=60, reading_bytes=2**30),
     "small": Size(shrink=16, thin=8, new_tokens=4, turns=3, first_turns=3, reading_bytes=2**22),
 }
 
@@ -247,6 +247,10 @@ def make_model(name: str, size: Size, device: torch.device, dtype: torch.dtype) 
         model = model_class._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    if name in SPATIAL:
+        # As many as a converted model has: `<image>` and what makes the vocabulary a multiple of 64
+        vocab_size = model.config.text_config.vocab_size
+        model.generation_config.suppress_tokens = list(range(vocab_size - 64, vocab_size))
     return model
 
 

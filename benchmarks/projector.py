@@ -12,12 +12,12 @@ measured and how. Exits with status 1 where a limit is not met.
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from transformers_llava_sp import LlavaSPProjector, LlavaSPProjectorConfig
+from transformers_llava_sp import LlavaSPProjector, LlavaSPProjectorConfig, modeling_llava_sp
+from transformers_llava_sp.modeling_llava_sp import MatmulConv2d, SpatialFeatureExtractor
 
 
 VARIANTS = ("cropping", "pooling")
@@ -53,139 +54,93 @@ MATRIX_SIZES = {"7b": {"cuda": 8192, "cpu": 2048}, "small": {"cuda": 512, "cpu":
 SPEEDUP_LIMITS = {"fp32": 8.0, "bf16": 12.0}
 READING_LIMIT = 1.3
 
+# The spatial path of patch features, in one of its forms
+SpatialPath = Callable[[LlavaSPProjector, torch.Tensor], torch.Tensor]
 
-def spatial_path(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> torch.Tensor:
+
+class NoPatches(nn.Module):
+    """In place of the projector's MLP for patches: none of them."""
+
+    def __init__(self, text_hidden_size: int):
+        super().__init__()
+        self.text_hidden_size = text_hidden_size
+
+    def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
+        return patch_features.new_empty(len(patch_features), 0, self.text_hidden_size)
+
+
+def spatial_path(projector: LlavaSPProjector, patch_features: torch.Tensor) -> torch.Tensor:
     """
-    The projector without its patches.
+    The projector without its patches, as it is.
 
     Args:
-        projector ([`LlavaSPProjector`]): The projector.
-        patch_grid (`torch.Tensor` of shape `(images, vision_hidden_size, grid_size, grid_size)`): The patch grid.
+        projector ([`LlavaSPProjector`]): The projector, of [`make_projector`].
+        patch_features (`torch.Tensor` of shape `(images, patches, vision_hidden_size)`): What the tower gives.
 
     Returns:
         `torch.Tensor` of shape `(images, scales, text_hidden_size)`.
     """
-    features = projector.spatial_feature_extractor(patch_grid)
-    features, _ = projector.detail_feature_integrator(features, patch_grid)
-    return projector.spatial_projection(projector.spatial_act(features))
+    return projector(patch_features).last_hidden_state
 
 
-def projector_convolutions(projector: LlavaSPProjector) -> list[nn.Conv2d]:
-    return [
-        *projector.spatial_feature_extractor.convolutions,
-        projector.detail_feature_integrator.detail_convolution,
-    ]
+def linear_path(projector: LlavaSPProjector, patch_features: torch.Tensor) -> torch.Tensor:
+    """[`spatial_path`] with `F.linear` for each convolution, in place of the forms of products for a CPU."""
+    with patch.object(modeling_llava_sp, "multiply_on_cpu", F.linear):
+        return spatial_path(projector, patch_features)
 
 
-@contextmanager
-def patched(
-    modules: list[nn.Conv2d], forward: Callable[[nn.Conv2d, torch.Tensor], torch.Tensor] = nn.Conv2d.forward
-) -> Iterator[None]:
-    """Lets convolutions do as PyTorch's `Conv2d` does, or another function."""
-    for module in modules:
-        module.forward = partial(forward, module)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
+def pool(extractor: SpatialFeatureExtractor, patch_grid: torch.Tensor, size: int) -> torch.Tensor:
+    return patch_grid if size == patch_grid.shape[-1] else F.adaptive_avg_pool2d(patch_grid, size)
 
 
-def plain_path(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> torch.Tensor:
-    """[`spatial_path`] with PyTorch's `conv2d` for each convolution, as the authors write it, on the same weights."""
-    with patched(projector_convolutions(projector)):
-        return spatial_path(projector, patch_grid)
+def pooling_path(projector: LlavaSPProjector, patch_features: torch.Tensor) -> torch.Tensor:
+    """[`spatial_path`] with PyTorch's pooling, in place of products for a CPU."""
+    with patch.object(SpatialFeatureExtractor, "get_feature_map", pool):
+        return spatial_path(projector, patch_features)
 
 
-def mixed_path(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> torch.Tensor:
-    """[`spatial_path`] with `conv2d` for the details alone, whose kernel has more than one position."""
-    with patched([projector.detail_feature_integrator.detail_convolution]):
-        return spatial_path(projector, patch_grid)
+def plain_path(projector: LlavaSPProjector, patch_features: torch.Tensor) -> torch.Tensor:
+    """[`spatial_path`] with PyTorch's convolutions and its pooling, as the authors write it, on the same weights."""
+    path = pooling_path if projector.config.spatial_variant == "pooling" else spatial_path
+    with patch.object(MatmulConv2d, "forward", nn.Conv2d.forward):
+        return path(projector, patch_features)
 
 
-@cache
-def pooling_matrix(grid_size: int, scales: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Pools a grid to all sizes at once: of shape `(patches, positions of all pooled maps)`."""
-    grids = torch.eye(grid_size**2, device=device).unflatten(1, (grid_size, grid_size))
-    return torch.cat([F.adaptive_avg_pool2d(grids, size).flatten(1) for size in scales], dim=1).to(dtype)
-
-
-def matrix_path(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> torch.Tensor:
-    """[`spatial_path`] of pooled maps that are all made by one product with a fixed matrix."""
-    extractor = projector.spatial_feature_extractor
-    scales = extractor.spatial_scales
-    matrix = pooling_matrix(patch_grid.shape[-1], tuple(scales), patch_grid.dtype, patch_grid.device)
-    maps = (patch_grid.flatten(2) @ matrix).split([size**2 for size in scales], dim=2)
-    features = torch.stack(
-        [
-            F.linear(pooled.flatten(1), convolution.weight.flatten(1))
-            for pooled, convolution in zip(maps, extractor.convolutions, strict=True)
-        ],
-        dim=1,
-    )
-    features, _ = projector.detail_feature_integrator(features, patch_grid)
-    return projector.spatial_projection(projector.spatial_act(features))
-
-
-def one_product(convolution: nn.Conv2d, input: torch.Tensor) -> torch.Tensor:
-    """A convolution as one matrix product, also where [`MatmulConv2d`] makes a batch of it."""
-    # Where gradients may be wanted there is no batch
-    with torch.enable_grad():
-        return convolution.__class__.forward(convolution, input)
-
-
-def one_product_path(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> torch.Tensor:
-    """[`spatial_path`] with [`one_product`] for each convolution."""
-    with patched(projector_convolutions(projector), one_product):
-        return spatial_path(projector, patch_grid)
-
-
-def spatial_weights(projector: LlavaSPProjector) -> list[nn.Parameter]:
-    return [weight for name, weight in projector.named_parameters() if not name.startswith("patch_mlp")]
-
-
-def read_weights(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> torch.Tensor:
+def read_weights(projector: LlavaSPProjector, patch_features: torch.Tensor) -> torch.Tensor:
     """Reads all weights once and does next to nothing with them: as fast as the memory is."""
-    return torch.stack([weight.view(torch.float32).sum() for weight in spatial_weights(projector)])
+    return torch.stack([weight.view(torch.float32).sum() for weight in projector.parameters()])
 
 
-PATHS = {
-    "llava-sp": spatial_path,
-    "conv2d": plain_path,
-    "conv2d for details": mixed_path,
-    "one product each": one_product_path,
-    "reading": read_weights,
-}
-# Of pooling alone
-POOLING_PATHS = {**PATHS, "pooling by a matrix": matrix_path}
-
-
-def paths_of(projector: LlavaSPProjector) -> dict[str, Callable[[LlavaSPProjector, torch.Tensor], torch.Tensor]]:
-    return POOLING_PATHS if projector.config.spatial_variant == "pooling" else PATHS
+def paths_of(projector: LlavaSPProjector) -> dict[str, SpatialPath]:
+    """What takes turns: beside the path, its plain form and reading, what it does otherwise on a CPU alone."""
+    paths: dict[str, SpatialPath] = {"llava-sp": spatial_path, "conv2d": plain_path, "reading": read_weights}
+    if projector.device.type == "cpu":
+        paths["F.linear"] = linear_path
+        if projector.config.spatial_variant == "pooling":
+            paths["adaptive_avg_pool2d"] = pooling_path
+    return paths
 
 
 def make_projector(size: str, variant: str, dtype: torch.dtype, device: torch.device) -> LlavaSPProjector:
-    """A projector with random weights, every page of them written."""
+    """A projector with random weights, every page of them written, and without the MLP for patches."""
     torch.manual_seed(0)
+    config = LlavaSPProjectorConfig(spatial_variant=variant, **SIZES[size])
     with device:
-        return LlavaSPProjector._from_config(
-            LlavaSPProjectorConfig(spatial_variant=variant, **SIZES[size]), dtype=dtype
-        )
+        projector = LlavaSPProjector._from_config(config, dtype=dtype)
+    projector.patch_mlp = NoPatches(config.text_hidden_size)
+    return projector
 
 
-def make_grid(projector: LlavaSPProjector, batch_size: int) -> torch.Tensor:
-    """A random patch grid in the layout in which the projector makes it of the tower's output."""
-    config = projector.config
-    patches = torch.randn(
-        batch_size, config.grid_size**2, config.vision_hidden_size, device=projector.device, dtype=projector.dtype
-    )
-    return patches.mT.unflatten(2, (config.grid_size, config.grid_size))
+def make_features(projector: LlavaSPProjector, batch_size: int) -> torch.Tensor:
+    """Random features of patches, as the vision tower gives them."""
+    shape = batch_size, projector.config.grid_size**2, projector.config.vision_hidden_size
+    return torch.randn(shape, device=projector.device, dtype=projector.dtype)
 
 
-def count_operations(projector: LlavaSPProjector, patch_grid: torch.Tensor) -> int:
+def count_operations(projector: LlavaSPProjector, patch_features: torch.Tensor) -> int:
     """Those of the matrix products and convolutions."""
     with FlopCounterMode(display=False) as counter:
-        plain_path(projector, patch_grid)
+        plain_path(projector, patch_features)
     return counter.get_total_flops()
 
 
@@ -208,10 +163,10 @@ def measure_cell(
         value, bytes of weights and operations.
     """
     clock = Clock(projector.device)
-    patch_grid = make_grid(projector, batch_size)
+    patch_features = make_features(projector, batch_size)
     paths = paths_of(projector)
     # To warm up
-    outputs = {name: path(projector, patch_grid).float() for name, path in paths.items()}
+    outputs = {name: path(projector, patch_features).float() for name, path in paths.items()}
     difference = (outputs["llava-sp"] - outputs["conv2d"]).abs().max() / outputs["conv2d"].abs().max()
     times: dict[str, list[float]] = {name: [] for name in paths}
     with tqdm(total=repeats, desc=label, unit="turn") as progress:
@@ -221,7 +176,7 @@ def measure_cell(
             for name in in_turn(paths, turn):
                 synchronize(projector.device)
                 start = clock.mark()
-                paths[name](projector, patch_grid)
+                paths[name](projector, patch_features)
                 end = clock.mark()
                 synchronize(projector.device)
                 times[name].append(clock.milliseconds(start, end))
@@ -229,8 +184,8 @@ def measure_cell(
     return {
         "milliseconds": times,
         "difference": difference.item(),
-        "weight_bytes": count_bytes(spatial_weights(projector)),
-        "operations": count_operations(projector, patch_grid),
+        "weight_bytes": count_bytes(projector.parameters()),
+        "operations": count_operations(projector, patch_features),
     }
 
 
@@ -250,9 +205,7 @@ def summarise(cell: dict[str, Any], rate: float) -> dict[str, Any]:
         **medians,
         "speedup": statistics.median(speedups),
         "speedups": speedups,
-        "details_speedup": statistics.median(over("conv2d for details")),
-        "product_speedup": statistics.median(over("one product each")),
-        "matrix_speedup": statistics.median(over("pooling by a matrix")) if "pooling by a matrix" in times else None,
+        "gains": {name: over(name) for name in ("F.linear", "adaptive_avg_pool2d") if name in times},
         "computing": computing,
         "over_reading": 1 / statistics.median(reading),
         "over_limit": statistics.median(over_limit),
@@ -277,8 +230,8 @@ def find_misses(on_gpu: bool, dtype: str, batch_size: int, figures: dict[str, fl
 def report(results: Results, cells: list[tuple[str, str, int]]) -> tuple[str, list[str], int]:
     """The figures as Markdown, the limits that are not met, and of how many cells they were checked."""
     lines = [
-        "| variant | dtype | batch | LLaVA-SP, ms | conv2d, ms | x | conv2d for details, x | one product each, x | "
-        "pooling by a matrix, x | reading weights, ms | computing, ms | over the larger | difference |",
+        "| variant | dtype | batch | LLaVA-SP, ms | conv2d, ms | x | F.linear, x | adaptive_avg_pool2d, x | "
+        "reading weights, ms | over reading | computing, ms | over the larger | difference |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     misses, num_checked = [], 0
@@ -290,13 +243,16 @@ def report(results: Results, cells: list[tuple[str, str, int]]) -> tuple[str, li
             continue
         cell = results[label]
         figures = cell["summary"] = summarise(cell, results[f"products, {dtype}"]["operations_per_second"])
-        times = {name: median_and_range(cell["milliseconds"][name], digits=2) for name in PATHS}
-        by_matrix = f"{figures['matrix_speedup']:.2f}" if figures["matrix_speedup"] else "-"
+        times = {name: median_and_range(values, digits=2) for name, values in cell["milliseconds"].items()}
+        linear, pooling = (
+            median_and_range(figures["gains"][name], digits=2) if name in figures["gains"] else "-"
+            for name in ("F.linear", "adaptive_avg_pool2d")
+        )
         lines.append(
             f"| {variant} | {dtype} | {batch_size} | {times['llava-sp']} | {times['conv2d']} | "
-            f"{median_and_range(figures['speedups'])} | {figures['details_speedup']:.2f} | "
-            f"{figures['product_speedup']:.2f} | {by_matrix} | {times['reading']} | "
-            f"{figures['computing']:.2f} | {figures['over_limit']:.2f} | {cell['difference']:.1e} |"
+            f"{median_and_range(figures['speedups'])} | {linear} | {pooling} | {times['reading']} | "
+            f"{figures['over_reading']:.2f} | {figures['computing']:.2f} | {figures['over_limit']:.2f} | "
+            f"{cell['difference']:.1e} |"
         )
         if machine["size"] == "7b":
             num_checked += 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -45,7 +46,7 @@ def test_projector_is_measured_once_and_reported(projector_benchmark, monkeypatc
     assert len(cells) == 2 * 2 * 2
     for label, cell in cells.items():
         assert {len(times) for times in cell["milliseconds"].values()} == {3}
-        assert ("pooling by a matrix" in cell["milliseconds"]) == label.startswith("pooling")
+        assert ("adaptive_avg_pool2d" in cell["milliseconds"]) == label.startswith("pooling")
         assert cell["difference"] < (1e-5 if "fp32" in label else 2e-2)
     report = (tmp_path / "projector.md").read_text()
     assert report.count("\n| cropping |") == report.count("\n| pooling |") == 4
@@ -72,38 +73,38 @@ def test_operations_are_those_of_the_weights(projector_benchmark):
     per_detail = integrator.detail_convolution.weight.numel() + 2 * integrator.key_proj.weight.numel()
     attention = 2 * scales * details * projector.config.spatial_hidden_size
     expected = 2 * (once + scales * queries + details * per_detail + attention)
-    grid = projector_benchmark.make_grid(projector, 3)
-    assert projector_benchmark.count_operations(projector, grid) == 3 * expected
+    features = projector_benchmark.make_features(projector, 3)
+    assert projector_benchmark.count_operations(projector, features) == 3 * expected
 
 
-def test_plain_convolutions_are_put_back(projector_benchmark):
-    projector = projector_benchmark.make_projector("small", "pooling", torch.float32, CPU)
-    grid = projector_benchmark.make_grid(projector, 1)
+@pytest.mark.parametrize("variant", ["cropping", "pooling"])
+def test_paths_differ_in_what_they_call_alone(projector_benchmark, monkeypatch, variant):
+    projector = projector_benchmark.make_projector("small", variant, torch.float32, CPU)
+    features = projector_benchmark.make_features(projector, 2)
+    paths = projector_benchmark.paths_of(projector)
     calls = []
-    convolution = projector.detail_feature_integrator.detail_convolution
-    with projector_benchmark.patched([convolution]):
-        assert convolution.forward.func is torch.nn.Conv2d.forward
-        calls.append(projector_benchmark.spatial_path(projector, grid))
-    assert convolution.forward.__func__ is type(convolution).forward
-    torch.testing.assert_close(calls[0], projector_benchmark.spatial_path(projector, grid))
-
-
-def test_one_product_each_is_the_same(projector_benchmark, monkeypatch):
-    projector = projector_benchmark.make_projector("small", "cropping", torch.float32, CPU)
-    grid = projector_benchmark.make_grid(projector, 2)
+    for module, name in ((F, "conv2d"), (F, "linear"), (torch, "bmm"), (F, "adaptive_avg_pool2d")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, n=name, f=function, **kw: calls.append(n) or f(*args, **kw))
+    called = {}
     with torch.inference_mode():
-        expected = projector_benchmark.spatial_path(projector, grid)
-        monkeypatch.setattr(torch, "bmm", None)
-        torch.testing.assert_close(projector_benchmark.one_product_path(projector, grid), expected)
-        with pytest.raises(TypeError):
-            projector_benchmark.spatial_path(projector, grid)
-
-
-def test_pooling_by_a_matrix_is_the_same(projector_benchmark):
-    projector = projector_benchmark.make_projector("small", "pooling", torch.float32, CPU)
-    grid = projector_benchmark.make_grid(projector, 2)
-    expected = projector_benchmark.spatial_path(projector, grid)
-    torch.testing.assert_close(projector_benchmark.matrix_path(projector, grid), expected)
+        expected = paths["llava-sp"](projector, features)
+        assert expected.shape == (2, 6, 96)
+        for name in paths.keys() - {"reading"}:
+            calls.clear()
+            torch.testing.assert_close(paths[name](projector, features), expected)
+            called[name] = {call: calls.count(call) for call in set(calls)}
+    # Six scales and the details; three projections in the Detail Feature Integrator and one behind it
+    assert called["llava-sp"] == {"bmm": 7, "linear": 4}
+    assert called["F.linear"] == {"linear": 11}
+    pools = {"adaptive_avg_pool2d": 5} if variant == "pooling" else {}
+    assert called["conv2d"] == {"conv2d": 7, "linear": 4, **pools}
+    assert called.get("adaptive_avg_pool2d", {}) == ({"bmm": 7, "linear": 4, **pools} if pools else {})
+    # All is put back
+    calls.clear()
+    with torch.inference_mode():
+        paths["llava-sp"](projector, features)
+    assert set(calls) == {"bmm", "linear"}
 
 
 @pytest.mark.parametrize(

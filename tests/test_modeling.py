@@ -20,10 +20,17 @@ import torch.nn.functional as F
 from conftest import IMAGE_TOKEN_ID, tiny_inputs, tiny_model
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file
-from transformers import Cache, GenerationMixin, LlamaForCausalLM
+from transformers import (
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+)
 
 from transformers_llava_sp import LlavaSPForConditionalGeneration
-from transformers_llava_sp.modeling_llava_sp import CACHE
+from transformers_llava_sp.modeling_llava_sp import CACHE, MaskTokensLogitsProcessor
 
 
 LOGITS_ATOL = 2e-5
@@ -351,6 +358,26 @@ def test_sampling_never_yields_the_image_token(model, tmp_path):
     assert count_image_tokens(100) == 0
     model.generation_config.suppress_tokens = None
     assert count_image_tokens(10) > 0
+
+
+def test_suppressed_tokens_are_masked_as_transformers_does(model):
+    vocab_size = model.config.text_config.vocab_size
+    # One of them is no token of this model
+    config = GenerationConfig(suppress_tokens=[3, IMAGE_TOKEN_ID, vocab_size - 1, vocab_size + 7], do_sample=False)
+    processors = [
+        mixin._get_logits_processor(model, config, 0, device="cpu", logits_processor=LogitsProcessorList())
+        for mixin in (GenerationMixin, type(model))
+    ]
+    assert [[type(processor) for processor in each] for each in processors] == [
+        [SuppressTokensLogitsProcessor],
+        [MaskTokensLogitsProcessor],
+    ]
+    scores = torch.randn(2, vocab_size)
+    before = scores.clone()
+    theirs, ours = (each(None, scores) for each in processors)
+    assert torch.equal(ours, theirs)
+    assert ours.isinf().sum() == 2 * 3
+    assert torch.equal(scores, before)
 
 
 # Speculative decoding

@@ -6,11 +6,13 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import randomize_
 from transformers import AutoConfig, AutoModel
 
-from transformers_llava_sp import LlavaSPProjector, LlavaSPProjectorConfig
+from transformers_llava_sp import LlavaSPProjector, LlavaSPProjectorConfig, modeling_llava_sp
 from transformers_llava_sp.configuration_llava_sp import HUB_MODULES
+from transformers_llava_sp.modeling_llava_sp import MatmulConv2d, SpatialFeatureExtractor
 
 
 SIZES = {"vision_hidden_size": 6, "text_hidden_size": 10, "spatial_hidden_size": 5}
@@ -102,7 +104,7 @@ def reference(projector: LlavaSPProjector, patch_features: torch.Tensor) -> tupl
         if config.spatial_variant == "cropping":
             # A crop under its kernel is the whole grid under the kernel with a frame of zeros
             margin = (config.grid_size - size) // 2
-            spatial.append(torch.nn.functional.conv2d(grid, torch.nn.functional.pad(kernel, [margin] * 4))[:, :, 0, 0])
+            spatial.append(F.conv2d(grid, F.pad(kernel, [margin] * 4))[:, :, 0, 0])
         else:
             pool = averaging_matrix(config.grid_size, size)
             pooled = torch.einsum("ri,nvij,cj->nvrc", pool, grid, pool)
@@ -165,6 +167,53 @@ def test_equals_the_plain_implementation(geometry, use_detail_integrator):
     else:
         assert outputs.detail_attentions is None
         assert not any("detail" in name for name in projector.state_dict())
+
+
+@pytest.mark.parametrize("has_amx", [True, False], ids=["amx", "no-amx"])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "no-gradients"])
+@pytest.mark.parametrize("num_images", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str
+)
+@pytest.mark.parametrize(
+    ("shape", "out_channels", "kernel_size", "stride", "bias"),
+    [
+        ((6, 8, 8), 64, 8, 1, False),  # a whole map, as the Spatial Feature Extractor's
+        ((6, 12, 12), 24, 8, 2, False),  # windows, as the Detail Feature Integrator's
+        ((3, 9, 7), 5, (4, 2), (3, 1), True),
+        ((4, 6, 6), 6, 1, 1, True),  # as PEFT's second factor
+    ],
+    ids=["map", "windows", "odd", "pointwise"],
+)
+def test_convolutions_are_pytorchs(
+    monkeypatch, shape, out_channels, kernel_size, stride, bias, dtype, tolerance, num_images, trained, has_amx
+):
+    """In each of the forms of products, one of which is for some CPUs and works on all."""
+    monkeypatch.setattr(modeling_llava_sp, "HAS_AMX", has_amx)
+    torch.manual_seed(0)
+    module = MatmulConv2d(shape[0], out_channels, kernel_size, stride, bias=bias).to(dtype)
+    maps = torch.randn(num_images, *shape, dtype=dtype)
+    with torch.set_grad_enabled(trained):
+        output = module(maps)
+    assert output.dtype == dtype
+    weight, bias = (None if parameter is None else parameter.double() for parameter in (module.weight, module.bias))
+    expected = F.conv2d(maps.double(), weight, bias, stride)
+    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("grid_size", [24, 27])
+def test_pooled_maps_are_pytorchs(grid_size, dtype):
+    config = LlavaSPProjectorConfig(**SIZES, grid_size=grid_size, spatial_variant="pooling")
+    extractor = SpatialFeatureExtractor(config)
+    patch_grid = torch.randn(2, SIZES["vision_hidden_size"], grid_size, grid_size).to(dtype)
+    for size in config.spatial_scales:
+        pooled = extractor.get_feature_map(patch_grid, size)
+        assert pooled.dtype == dtype
+        # Rounded once, to half of a step at most
+        expected = F.adaptive_avg_pool2d(patch_grid.double(), size)
+        tolerance = torch.finfo(dtype).eps * (0.51 if dtype.itemsize == 2 else 4)
+        torch.testing.assert_close(pooled.double(), expected, rtol=tolerance, atol=4 * torch.finfo(torch.float32).eps)
 
 
 @torch.no_grad()

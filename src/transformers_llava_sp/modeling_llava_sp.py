@@ -32,8 +32,11 @@ from transformers import (
     Cache,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
+    SuppressTokensLogitsProcessor,
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -153,6 +156,36 @@ class LlavaSPCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_hidden_states: torch.Tensor | None = None
 
 
+# Which libraries multiply on this CPU: MKL in float32, and oneDNN in bfloat16, with AMX where PyTorch can tell
+HAS_MKL = torch.backends.mkl.is_available()
+HAS_AMX = hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def multiply_on_cpu(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """
+    `F.linear` in the forms in which a CPU's libraries multiply few rows with a large weight about as fast as it can be
+    read. For one image and the released models' spatial path, on two cores, they take 0.5 to 0.8 of the time that
+    `F.linear` does (docs/performance.md); a batch of products has all threads work where one product may have one.
+
+    Args:
+        rows (`torch.Tensor` of shape `(rows, in_features)`): What to multiply.
+        weight (`torch.Tensor` of shape `(out_features, in_features)`): By what, contiguous.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, out_features)`.
+    """
+    is_single = rows.shape[0] == 1
+    if rows.dtype == torch.float32 and HAS_MKL:
+        # MKL leaves the batches of a single row to a thread each, and shares out those of more rows further
+        parts = weight.unflatten(0, (math.gcd(64 if is_single else 2, weight.shape[0]), -1))
+        return torch.bmm(rows.expand(len(parts), -1, -1), parts.mT).transpose(0, 1).flatten(1)
+    if rows.dtype == torch.bfloat16 and is_single and HAS_AMX:
+        # oneDNN packs a product's right operand, and takes the left one as it is
+        parts = weight.unflatten(0, (math.gcd(2, weight.shape[0]), -1))
+        return torch.bmm(parts, rows.mT.expand(len(parts), -1, -1)).flatten()[None]
+    return F.linear(rows, weight)
+
+
 class MatmulConv2d(nn.Conv2d):
     """
     A convolution as a matrix product over its windows. Kernels here are large and windows few: on a CPU, PyTorch's
@@ -174,16 +207,12 @@ class MatmulConv2d(nn.Conv2d):
         windows = input.unfold(2, height, row_stride).unfold(3, width, column_stride)
         windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)  # (images, rows, columns, in_channels * size * size)
         weight = self.weight.flatten(1)
-        if windows.device.type == "cpu" and windows.dtype == torch.float32 and not torch.is_grad_enabled():
-            # With few rows, PyTorch leaves a product to one thread, but shares out a batch: with all of the released
-            # models' spatial weights 1.3 to 1.4 times as fast on two cores, for one image (benchmarks/projector.py)
-            parts = weight.unflatten(0, (math.gcd(4, self.out_channels), -1)).mT
-            products = torch.bmm(windows.flatten(0, 2).expand(len(parts), -1, -1), parts)
-            products = products.transpose(0, 1).flatten(1).unflatten(0, windows.shape[:3])
-            if self.bias is not None:
-                products = products + self.bias
+        if windows.device.type == "cpu" and not torch.is_grad_enabled():
+            products = multiply_on_cpu(windows.flatten(0, 2), weight).unflatten(0, windows.shape[:3])
         else:
-            products = F.linear(windows, weight, self.bias)
+            products = F.linear(windows, weight)
+        if self.bias is not None:
+            products = products + self.bias
         return products.permute(0, 3, 1, 2)
 
 
@@ -212,10 +241,18 @@ class SpatialFeatureExtractor(nn.Module):
         Returns:
             `torch.Tensor` of shape `(images, channels, size, size)`.
         """
-        if self.spatial_variant == "pooling":
+        grid_size = patch_grid.shape[-1]
+        if size == grid_size:
+            return patch_grid
+        if self.spatial_variant == "cropping":
+            start = (grid_size - size) // 2
+            return patch_grid[:, :, start : start + size, start : start + size]
+        if patch_grid.device.type != "cpu":
             return F.adaptive_avg_pool2d(patch_grid, size)
-        start = (patch_grid.shape[-1] - size) // 2
-        return patch_grid[:, :, start : start + size, start : start + size]
+        # The same as products, which take a CPU a third of the time: averages of the rows' patches, then of the rows
+        dtype = torch.promote_types(patch_grid.dtype, torch.float32)
+        averages = F.adaptive_avg_pool1d(torch.eye(grid_size, dtype=dtype)[None], size)[0]  # (grid, size)
+        return (averages.mT @ (patch_grid.to(dtype) @ averages)).to(patch_grid.dtype)
 
     def forward(self, patch_grid: torch.Tensor) -> torch.Tensor:
         """
@@ -453,7 +490,8 @@ class LlavaSPProjector(LlavaSPPreTrainedModel):
                 "tower has one."
             )
         patch_features = patch_features.to(self.dtype)
-        patch_grid = patch_features.mT.unflatten(2, (grid_size, grid_size))  # (images, channels, grid, grid)
+        # In the weights' layout, for all maps at once
+        patch_grid = patch_features.mT.unflatten(2, (grid_size, grid_size)).contiguous()  # (images, dim, grid, grid)
 
         spatial_features = self.spatial_feature_extractor(patch_grid)  # (images, scales, dim)
         detail_attentions = None
@@ -927,6 +965,30 @@ def grow_embeddings(text_model: PreTrainedModel, num_tokens: int) -> None:
         weight[old_size:] = weight[:old_size].mean(dim=0, dtype=torch.float64).to(weight.dtype)
 
 
+class MaskTokensLogitsProcessor(LogitsProcessor):
+    """
+    As [`SuppressTokensLogitsProcessor`], in two kernels. For as many tokens as a grown vocabulary has unused, that one
+    sorts the whole vocabulary and waits for the GPU, with each token that is generated.
+
+    Args:
+        token_ids (`torch.LongTensor` of shape `(tokens,)`): Ids of the tokens that are not to be generated.
+    """
+
+    def __init__(self, token_ids: torch.Tensor):
+        self.token_ids = token_ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Not used.
+            scores (`torch.FloatTensor` of shape `(batch_size, vocab_size)`): The scores of the next token.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, vocab_size)`: The scores, minus infinity for the tokens.
+        """
+        return scores.index_fill(-1, self.token_ids.to(scores.device), -torch.inf)
+
+
 class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
     """
     LLaVA-SP: a vision tower, the projector and a language model with its head. It answers questions about images.
@@ -1365,6 +1427,15 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         if chunk_size is not None and kwargs.get("pixel_values") is not None:
             raise ValueError("`prefill_chunk_size` would cut through an image's tokens: leave it out for images.")
         return super().generate(inputs, *args, **kwargs)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        vocab_size = self.config.text_config.vocab_size
+        return LogitsProcessorList(
+            MaskTokensLogitsProcessor(processor.suppress_tokens[processor.suppress_tokens < vocab_size])
+            if type(processor) is SuppressTokensLogitsProcessor
+            else processor
+            for processor in super()._get_logits_processor(*args, **kwargs)
+        )
 
     def _expand_inputs_for_generation(
         self,
