@@ -360,24 +360,39 @@ def test_sampling_never_yields_the_image_token(model, tmp_path):
     assert count_image_tokens(10) > 0
 
 
-def test_suppressed_tokens_are_masked_as_transformers_does(model):
-    vocab_size = model.config.text_config.vocab_size
-    # One of them is no token of this model
-    config = GenerationConfig(suppress_tokens=[3, IMAGE_TOKEN_ID, vocab_size - 1, vocab_size + 7], do_sample=False)
-    processors = [
-        mixin._get_logits_processor(model, config, 0, device="cpu", logits_processor=LogitsProcessorList())
-        for mixin in (GenerationMixin, type(model))
-    ]
-    assert [[type(processor) for processor in each] for each in processors] == [
-        [SuppressTokensLogitsProcessor],
-        [MaskTokensLogitsProcessor],
-    ]
-    scores = torch.randn(2, vocab_size)
-    before = scores.clone()
-    theirs, ours = (each(None, scores) for each in processors)
-    assert torch.equal(ours, theirs)
-    assert ours.isinf().sum() == 2 * 3
-    assert torch.equal(scores, before)
+def logits_processors(mixin, model, suppressed, *own) -> LogitsProcessorList:
+    """Those of an answer, as `GenerationMixin` or a model of ours prepares them."""
+    config = GenerationConfig(suppress_tokens=suppressed, do_sample=False)
+    given = LogitsProcessorList(own)
+    return mixin._get_logits_processor(model, config, 0, device="cpu", logits_processor=given)
+
+
+@pytest.mark.parametrize(
+    "suppressed", [[3, IMAGE_TOKEN_ID, -1, 10**6], [], None], ids=["some-that-there-are-not", "none", "unset"]
+)
+@pytest.mark.parametrize("own", [None, [5, 6]], ids=["", "own-processor"])
+def test_suppressed_tokens_are_masked_as_transformers_does(model, suppressed, own):
+    given = [] if own is None else [SuppressTokensLogitsProcessor(own)]
+    theirs = logits_processors(GenerationMixin, model, suppressed, *given)
+    ours = logits_processors(type(model), model, suppressed, *given)
+    assert [type(processor) for processor in theirs] == [SuppressTokensLogitsProcessor] * len(theirs)
+    assert [type(processor) for processor in ours] == [MaskTokensLogitsProcessor] * len(theirs)
+    # An assistant's vocabulary may be smaller
+    for vocab_size in (model.config.text_config.vocab_size, 4, model.config.text_config.vocab_size):
+        scores = torch.randn(2, vocab_size)
+        before = scores.clone()
+        assert torch.equal(ours(None, scores), theirs(None, scores))
+        assert torch.equal(scores, before)
+
+
+def test_the_mask_of_suppressed_tokens_is_made_once(model, monkeypatch):
+    calls = []
+    isin = torch.isin
+    monkeypatch.setattr(torch, "isin", lambda *args: calls.append(1) or isin(*args))
+    [processor] = logits_processors(type(model), model, [3])
+    scores = torch.zeros(2, 8)
+    assert [processor(None, scores).isinf().sum() for _ in range(3)] == [2, 2, 2]
+    assert len(calls) == 1
 
 
 # Speculative decoding

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 from transformers_llava_sp import LlavaSPProjector, LlavaSPProjectorConfig, modeling_llava_sp
 from transformers_llava_sp.configuration_llava_sp import HUB_MODULES
-from transformers_llava_sp.modeling_llava_sp import MatmulConv2d, SpatialFeatureExtractor
+from transformers_llava_sp.modeling_llava_sp import MatmulConv2d, SpatialFeatureExtractor, multiply_on_cpu
 
 
 SIZES = {"vision_hidden_size": 6, "text_hidden_size": 10, "spatial_hidden_size": 5}
@@ -169,12 +169,12 @@ def test_equals_the_plain_implementation(geometry, use_detail_integrator):
         assert not any("detail" in name for name in projector.state_dict())
 
 
-@pytest.mark.parametrize("has_amx", [True, False], ids=["amx", "no-amx"])
-@pytest.mark.parametrize("trained", [True, False], ids=["trained", "no-gradients"])
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.002}
+
+
+@pytest.mark.parametrize("with_gradients", [True, False], ids=["with-gradients", "without"])
 @pytest.mark.parametrize("num_images", [1, 3])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str
-)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "out_channels", "kernel_size", "stride", "bias"),
     [
@@ -185,20 +185,53 @@ def test_equals_the_plain_implementation(geometry, use_detail_integrator):
     ],
     ids=["map", "windows", "odd", "pointwise"],
 )
-def test_convolutions_are_pytorchs(
-    monkeypatch, shape, out_channels, kernel_size, stride, bias, dtype, tolerance, num_images, trained, has_amx
-):
-    """In each of the forms of products, one of which is for some CPUs and works on all."""
-    monkeypatch.setattr(modeling_llava_sp, "HAS_AMX", has_amx)
+def test_convolutions_are_pytorchs(shape, out_channels, kernel_size, stride, bias, dtype, num_images, with_gradients):
     torch.manual_seed(0)
     module = MatmulConv2d(shape[0], out_channels, kernel_size, stride, bias=bias).to(dtype)
     maps = torch.randn(num_images, *shape, dtype=dtype)
-    with torch.set_grad_enabled(trained):
+    with torch.set_grad_enabled(with_gradients):
         output = module(maps)
     assert output.dtype == dtype
     weight, bias = (None if parameter is None else parameter.double() for parameter in (module.weight, module.bias))
     expected = F.conv2d(maps.double(), weight, bias, stride)
-    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(output.double(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("out_features", [64, 6, 5])
+@pytest.mark.parametrize("library", ["HAS_MKL", "HAS_AMX", None])
+def test_products_in_every_form(monkeypatch, library, out_features, num_rows, dtype):
+    """In the forms for libraries that are not on this machine as well, which only make them fast."""
+    for name in ("HAS_MKL", "HAS_AMX"):
+        monkeypatch.setattr(modeling_llava_sp, name, name == library)
+    calls = []
+    for module, name in ((F, "linear"), (torch, "bmm")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, n=name, f=function: calls.append(n) or f(*args))
+    torch.manual_seed(0)
+    rows, weight = torch.randn(num_rows, 40, dtype=dtype), torch.randn(out_features, 40, dtype=dtype)
+    products = multiply_on_cpu(rows, weight)
+    batched = {"HAS_MKL": dtype == torch.float32, "HAS_AMX": dtype == torch.bfloat16 and num_rows == 1}
+    assert calls == ["bmm" if batched.get(library) else "linear"]
+    assert products.dtype == dtype
+    expected = rows.double() @ weight.double().T
+    torch.testing.assert_close(products.double(), expected, rtol=TOLERANCES[dtype], atol=10 * TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("spatial_variant", ["cropping", "pooling"])
+@torch.no_grad()
+def test_autocast_computes_as_it_does_elsewhere(monkeypatch, spatial_variant):
+    """By PyTorch's plain functions, of which it knows what dtype each should have."""
+    projector = make_projector(grid_size=12, spatial_variant=spatial_variant)
+    patch_features = make_features(projector.config)
+    monkeypatch.setattr(modeling_llava_sp, "multiply_on_cpu", None)
+    monkeypatch.setattr(F, "adaptive_avg_pool1d", None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = projector(patch_features).last_hidden_state
+    monkeypatch.undo()
+    assert tokens.dtype == torch.bfloat16
+    torch.testing.assert_close(tokens.float(), projector(patch_features).last_hidden_state, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -213,7 +246,8 @@ def test_pooled_maps_are_pytorchs(grid_size, dtype):
         # Rounded once, to half of a step at most
         expected = F.adaptive_avg_pool2d(patch_grid.double(), size)
         tolerance = torch.finfo(dtype).eps * (0.51 if dtype.itemsize == 2 else 4)
-        torch.testing.assert_close(pooled.double(), expected, rtol=tolerance, atol=4 * torch.finfo(torch.float32).eps)
+        smallest = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        torch.testing.assert_close(pooled.double(), expected, rtol=tolerance, atol=smallest)
 
 
 @torch.no_grad()

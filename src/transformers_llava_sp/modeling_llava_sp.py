@@ -161,11 +161,20 @@ HAS_MKL = torch.backends.mkl.is_available()
 HAS_AMX = hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
+def is_eager_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether PyTorch's own kernels for a CPU compute in a tensor's dtype: neither a compiler decides nor autocast."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(tensor.device.type)
+    )
+
+
 def multiply_on_cpu(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
-    `F.linear` in the forms in which a CPU's libraries multiply few rows with a large weight about as fast as it can be
-    read. For one image and the released models' spatial path, on two cores, they take 0.5 to 0.8 of the time that
-    `F.linear` does (docs/performance.md); a batch of products has all threads work where one product may have one.
+    `F.linear`, and for the number formats and CPUs of which it is known in a form in which a library multiplies a
+    large weight about as fast as it can be read: the released models' spatial path is 1.2 to 1.3 times as fast for one
+    image, on two cores with AMX, and no slower for 64 (docs/performance.md).
 
     Args:
         rows (`torch.Tensor` of shape `(rows, in_features)`): What to multiply.
@@ -176,7 +185,8 @@ def multiply_on_cpu(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     is_single = rows.shape[0] == 1
     if rows.dtype == torch.float32 and HAS_MKL:
-        # MKL leaves the batches of a single row to a thread each, and shares out those of more rows further
+        # Of one product, MKL may leave all to one thread. Of a batch it leaves a product of a single row to one, and
+        # shares out those of more rows further
         parts = weight.unflatten(0, (math.gcd(64 if is_single else 2, weight.shape[0]), -1))
         return torch.bmm(rows.expand(len(parts), -1, -1), parts.mT).transpose(0, 1).flatten(1)
     if rows.dtype == torch.bfloat16 and is_single and HAS_AMX:
@@ -207,12 +217,12 @@ class MatmulConv2d(nn.Conv2d):
         windows = input.unfold(2, height, row_stride).unfold(3, width, column_stride)
         windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)  # (images, rows, columns, in_channels * size * size)
         weight = self.weight.flatten(1)
-        if windows.device.type == "cpu" and not torch.is_grad_enabled():
+        # For training nothing else is known to be faster
+        if is_eager_on_cpu(windows) and not torch.is_grad_enabled():
             products = multiply_on_cpu(windows.flatten(0, 2), weight).unflatten(0, windows.shape[:3])
+            products = products if self.bias is None else products + self.bias
         else:
-            products = F.linear(windows, weight)
-        if self.bias is not None:
-            products = products + self.bias
+            products = F.linear(windows, weight, self.bias)
         return products.permute(0, 3, 1, 2)
 
 
@@ -247,11 +257,12 @@ class SpatialFeatureExtractor(nn.Module):
         if self.spatial_variant == "cropping":
             start = (grid_size - size) // 2
             return patch_grid[:, :, start : start + size, start : start + size]
-        if patch_grid.device.type != "cpu":
+        if not is_eager_on_cpu(patch_grid):
             return F.adaptive_avg_pool2d(patch_grid, size)
-        # The same as products, which take a CPU a third of the time: averages of the rows' patches, then of the rows
+        # The same by products, which a CPU is better at: averages of the rows' patches, then of the rows
         dtype = torch.promote_types(patch_grid.dtype, torch.float32)
-        averages = F.adaptive_avg_pool1d(torch.eye(grid_size, dtype=dtype)[None], size)[0]  # (grid, size)
+        unit = torch.eye(grid_size, dtype=dtype, device=patch_grid.device)
+        averages = F.adaptive_avg_pool1d(unit[None], size)[0]  # (grid, size)
         return (averages.mT @ (patch_grid.to(dtype) @ averages)).to(patch_grid.dtype)
 
     def forward(self, patch_grid: torch.Tensor) -> torch.Tensor:
@@ -967,15 +978,16 @@ def grow_embeddings(text_model: PreTrainedModel, num_tokens: int) -> None:
 
 class MaskTokensLogitsProcessor(LogitsProcessor):
     """
-    As [`SuppressTokensLogitsProcessor`], in two kernels. For as many tokens as a grown vocabulary has unused, that one
-    sorts the whole vocabulary and waits for the GPU, with each token that is generated.
+    As [`SuppressTokensLogitsProcessor`], which finds out anew with each token which of the vocabulary it masks: from
+    some fifty on, as many as a grown vocabulary may have unused, it sorts them and waits for the GPU.
 
     Args:
-        token_ids (`torch.LongTensor` of shape `(tokens,)`): Ids of the tokens that are not to be generated.
+        suppress_tokens (`torch.LongTensor` of shape `(tokens,)`): Ids of the tokens that are not to be generated.
     """
 
-    def __init__(self, token_ids: torch.Tensor):
-        self.token_ids = token_ids
+    def __init__(self, suppress_tokens: torch.Tensor):
+        self.suppress_tokens = suppress_tokens
+        self.mask: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """
@@ -986,7 +998,11 @@ class MaskTokensLogitsProcessor(LogitsProcessor):
         Returns:
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`: The scores, minus infinity for the tokens.
         """
-        return scores.index_fill(-1, self.token_ids.to(scores.device), -torch.inf)
+        # An assistant may have another vocabulary
+        if self.mask is None or self.mask.shape[0] != scores.shape[-1] or self.mask.device != scores.device:
+            vocabulary = torch.arange(scores.shape[-1], device=scores.device)
+            self.mask = torch.isin(vocabulary, self.suppress_tokens.to(scores.device))
+        return scores.masked_fill(self.mask, -torch.inf)
 
 
 class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
@@ -1380,7 +1396,7 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         """
-        As `GenerationMixin.generate`, with two checks of the prompt in front.
+        As `GenerationMixin.generate`, with checks of the prompt in front.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -1429,9 +1445,8 @@ class LlavaSPForConditionalGeneration(LlavaSPPreTrainedModel, GenerationMixin):
         return super().generate(inputs, *args, **kwargs)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        vocab_size = self.config.text_config.vocab_size
         return LogitsProcessorList(
-            MaskTokensLogitsProcessor(processor.suppress_tokens[processor.suppress_tokens < vocab_size])
+            MaskTokensLogitsProcessor(processor.suppress_tokens)
             if type(processor) is SuppressTokensLogitsProcessor
             else processor
             for processor in super()._get_logits_processor(*args, **kwargs)
