@@ -225,6 +225,8 @@ def main() -> None:
     parser.add_argument("--test-scenes", type=int, default=500, help="of each split")
     parser.add_argument("--plot", type=Path, help="a picture to draw")
     arguments = parser.parse_args()
+    if min(arguments.scenes, arguments.test_scenes) < 1:
+        parser.error("--scenes and --test-scenes must be 1 or more")
     if arguments.plot is not None:
         require_matplotlib()
         check_output(arguments.plot)
@@ -232,7 +234,8 @@ def main() -> None:
     for folder in (tower, data):
         if not (folder.is_dir() and note_of(folder).is_file()):
             parser.error(
-                f"there is no {folder}: python {HERE / 'train_model.py'} cropping {arguments.output} makes it"
+                f"there is no {folder} with its note {note_of(folder)}: python {HERE / 'train_model.py'} cropping "
+                f"{arguments.output} makes both"
             )
     # Small matrices: more threads would only wait for each other
     torch.set_num_threads(1)

@@ -730,6 +730,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.scenes is None:
         arguments.scenes = 30_000 if arguments.split == "train" else 500
+    if arguments.scenes < 1:
+        parser.error("--scenes must be 1 or more")
     try:
         scene_seed(arguments.split, arguments.scenes - 1, arguments.seed)
     except ValueError as error:
