@@ -89,13 +89,17 @@ def linear_path(projector: LlavaSPProjector, patch_features: torch.Tensor) -> to
         return spatial_path(projector, patch_features)
 
 
-def pool(extractor: SpatialFeatureExtractor, patch_grid: torch.Tensor, size: int) -> torch.Tensor:
-    return patch_grid if size == patch_grid.shape[-1] else F.adaptive_avg_pool2d(patch_grid, size)
+def pool(extractor: SpatialFeatureExtractor, patch_grid: torch.Tensor) -> list[torch.Tensor]:
+    """What `get_feature_maps` does on a GPU. The whole grid needs no pooling, whoever multiplies it."""
+    return [
+        patch_grid if size == patch_grid.shape[-1] else F.adaptive_avg_pool2d(patch_grid, size)
+        for size in extractor.spatial_scales
+    ]
 
 
 def pooling_path(projector: LlavaSPProjector, patch_features: torch.Tensor) -> torch.Tensor:
     """[`spatial_path`] with PyTorch's pooling, in place of products for a CPU."""
-    with patch.object(SpatialFeatureExtractor, "get_feature_map", pool):
+    with patch.object(SpatialFeatureExtractor, "get_feature_maps", pool):
         return spatial_path(projector, patch_features)
 
 
@@ -149,7 +153,7 @@ def measure_cell(
     projector: LlavaSPProjector, batch_size: int, repeats: int, seconds: float, label: str
 ) -> dict[str, Any]:
     """
-    All paths on the same grid, in turns.
+    All forms of the path on the same features, in turns.
 
     Args:
         projector ([`LlavaSPProjector`]): The projector.
@@ -159,8 +163,8 @@ def measure_cell(
         label (`str`): What the progress bar says.
 
     Returns:
-        `dict[str, Any]`: The milliseconds of each turn, the largest difference between both paths over the largest
-        value, bytes of weights and operations.
+        `dict[str, Any]`: The milliseconds of each turn, the largest difference between the path and its form with
+        convolutions over the largest value, bytes of weights and operations.
     """
     clock = Clock(projector.device)
     patch_features = make_features(projector, batch_size)
@@ -199,8 +203,8 @@ def summarise(cell: dict[str, Any], rate: float) -> dict[str, Any]:
 
     speedups, reading = over("conv2d"), over("reading")
     medians = {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
-    over_limit = [max(one, computing) for one in times["reading"]]
-    over_limit = [ours / limit for ours, limit in zip(times["llava-sp"], over_limit, strict=True)]
+    limits = [max(one, computing) for one in times["reading"]]
+    over_limits = [ours / limit for ours, limit in zip(times["llava-sp"], limits, strict=True)]
     return {
         **medians,
         "speedup": statistics.median(speedups),
@@ -208,8 +212,8 @@ def summarise(cell: dict[str, Any], rate: float) -> dict[str, Any]:
         "gains": {name: over(name) for name in ("F.linear", "adaptive_avg_pool2d") if name in times},
         "computing": computing,
         "over_reading": 1 / statistics.median(reading),
-        "over_limit": statistics.median(over_limit),
-        "over_limits": over_limit,
+        "over_limit": statistics.median(over_limits),
+        "over_limits": over_limits,
     }
 
 
@@ -304,9 +308,10 @@ def main() -> None:
     # Neither products nor convolutions in TF32, which PyTorch would use for the latter alone
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     dtypes = arguments.dtypes or (list(DTYPES) if device.type == "cuda" else ["fp32", "bf16"])
-    machine = {**describe_machine(), **describe_device(device), "size": arguments.size, "repeats": arguments.repeats}
+    settings = {"size": arguments.size, "repeats": arguments.repeats, "seconds": arguments.seconds}
+    machine = {**describe_machine(), **describe_device(device), **settings}
     path = arguments.output / "projector.json" if arguments.output else None
-    results = Results(path, machine, ("size", "repeats"))
+    results = Results(path, machine, settings)
     print("\n".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
 
     cells = list(product(arguments.variants, dtypes, arguments.batch_sizes))

@@ -219,6 +219,24 @@ def test_products_in_every_form(monkeypatch, library, out_features, num_rows, dt
     torch.testing.assert_close(products.double(), expected, rtol=TOLERANCES[dtype], atol=10 * TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("arguments", [{"padding": 1}, {"dilation": 2}, {"groups": 2}], ids=str)
+def test_what_the_product_does_not_compute_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"neither padding nor dilation nor groups: MatmulConv2d\(4, 4, kernel_size"):
+        MatmulConv2d(4, 4, 2, **arguments)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("library", ["HAS_MKL", "HAS_AMX"])
+@torch.no_grad()
+def test_traced_for_one_image_and_run_for_three(monkeypatch, library):
+    monkeypatch.setattr(modeling_llava_sp, library, True)
+    dtype = torch.float32 if library == "HAS_MKL" else torch.bfloat16
+    convolution = MatmulConv2d(3, 5, 2, stride=2, bias=False).to(dtype)
+    one, three = torch.randn(1, 3, 2, 2, dtype=dtype), torch.randn(3, 3, 2, 2, dtype=dtype)
+    traced = torch.jit.trace(convolution, one)
+    torch.testing.assert_close(traced(three), convolution(three))
+
+
 @pytest.mark.parametrize("spatial_variant", ["cropping", "pooling"])
 @torch.no_grad()
 def test_autocast_computes_as_it_does_elsewhere(monkeypatch, spatial_variant):
@@ -240,8 +258,7 @@ def test_pooled_maps_are_pytorchs(grid_size, dtype):
     config = LlavaSPProjectorConfig(**SIZES, grid_size=grid_size, spatial_variant="pooling")
     extractor = SpatialFeatureExtractor(config)
     patch_grid = torch.randn(2, SIZES["vision_hidden_size"], grid_size, grid_size).to(dtype)
-    for size in config.spatial_scales:
-        pooled = extractor.get_feature_map(patch_grid, size)
+    for size, pooled in zip(config.spatial_scales, extractor.get_feature_maps(patch_grid), strict=True):
         assert pooled.dtype == dtype
         # Rounded once, to half of a step at most
         expected = F.adaptive_avg_pool2d(patch_grid.double(), size)

@@ -122,8 +122,9 @@ def test_a_cell_is_read_as_strongly_as_it_adds_to_the_feature(variant):
 
     [tile] = explain(model, processor, PHOTO).tiles
 
-    for size, convolution, reading in zip(extractor.spatial_scales, extractor.convolutions, tile.reading, strict=True):
-        feature_map = extractor.get_feature_map(patch_grid, size)
+    maps = extractor.get_feature_maps(patch_grid)
+    for feature_map, convolution, reading in zip(maps, extractor.convolutions, tile.reading, strict=True):
+        size = feature_map.shape[-1]
         # The map with all cells but one set to zero, for each of them
         alone = torch.eye(size**2).view(-1, 1, size, size) * feature_map
         lengths = convolution(alone).detach().flatten(1).norm(dim=1).view(size, size)

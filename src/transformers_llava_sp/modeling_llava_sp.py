@@ -80,7 +80,10 @@ def cache_argument(cache: Cache | None, past_key_values: Cache | None) -> dict[s
         ValueError: If both are passed.
     """
     if cache is not None and past_key_values is not None:
-        raise ValueError("`cache` and `past_key_values` are two names of the same argument: pass one of them.")
+        raise ValueError(
+            "`cache` and `past_key_values` are two names of the same argument: pass one of them. PEFT's prefix tuning "
+            "passes the second by itself, and works where Transformers has no name but that, before 5.24."
+        )
     given = past_key_values if cache is None else cache
     return {} if given is None else {CACHE: given}
 
@@ -162,10 +165,11 @@ HAS_AMX = hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabili
 
 
 def is_eager_on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether PyTorch's own kernels for a CPU compute in a tensor's dtype: neither a compiler decides nor autocast."""
+    """Whether a CPU computes at once and in a tensor's dtype: neither compiled nor traced, and without autocast."""
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled(tensor.device.type)
     )
 
@@ -185,8 +189,8 @@ def multiply_on_cpu(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     is_single = rows.shape[0] == 1
     if rows.dtype == torch.float32 and HAS_MKL:
-        # Of one product, MKL may leave all to one thread. Of a batch it leaves a product of a single row to one, and
-        # shares out those of more rows further
+        # MKL may leave a product to a single thread, but shares out a batch of them, and those of more than one row
+        # further
         parts = weight.unflatten(0, (math.gcd(64 if is_single else 2, weight.shape[0]), -1))
         return torch.bmm(rows.expand(len(parts), -1, -1), parts.mT).transpose(0, 1).flatten(1)
     if rows.dtype == torch.bfloat16 and is_single and HAS_AMX:
@@ -196,14 +200,36 @@ def multiply_on_cpu(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(rows, weight)
 
 
+def average_on_cpu(maps: torch.Tensor, size: int) -> torch.Tensor:
+    """
+    `F.adaptive_avg_pool2d` of square maps by products, which take a CPU less than half of the time for one image: of
+    the maps with the averages of columns, then with those of rows.
+
+    Args:
+        maps (`torch.Tensor` of shape `(images, channels, height, height)`): What to average, in float32 or float64.
+        size (`int`): Side of the maps to return.
+
+    Returns:
+        `torch.Tensor` of shape `(images, channels, size, size)`.
+    """
+    unit = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device)
+    averages = F.adaptive_avg_pool1d(unit[None], size)[0]  # (height, size)
+    return averages.mT @ (maps @ averages)
+
+
 class MatmulConv2d(nn.Conv2d):
     """
     A convolution as a matrix product over its windows. Kernels here are large and windows few: on a CPU, PyTorch's
     own convolution takes several times as long for them, and its gradient tens of times. In training the windows are
-    kept, 13 MB for each image with the released models' details in bfloat16. Padding, dilation and groups are not
-    taken into account, which no convolution here has, nor PEFT's layers beside one, which are of this class as well.
-    The weight keeps its shape `(out_channels, in_channels, size, size)`, as checkpoints store it.
+    kept, 13 MB for each image with the released models' details in bfloat16. No convolution here has padding, dilation
+    or groups, nor have PEFT's layers beside one, which are of this class as well. The weight keeps its shape
+    `(out_channels, in_channels, size, size)`, as checkpoints store it.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if (self.padding, self.dilation, self.groups) != ((0, 0), (1, 1), 1):
+            raise ValueError(f"a convolution here has neither padding nor dilation nor groups: {self}")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """
@@ -242,28 +268,30 @@ class SpatialFeatureExtractor(nn.Module):
             for size in self.spatial_scales
         )
 
-    def get_feature_map(self, patch_grid: torch.Tensor, size: int) -> torch.Tensor:
+    def get_feature_maps(self, patch_grid: torch.Tensor) -> list[torch.Tensor]:
         """
         Args:
             patch_grid (`torch.Tensor` of shape `(images, channels, grid_size, grid_size)`): The patch grid.
-            size (`int`): Side of the map, in patches.
 
         Returns:
-            `torch.Tensor` of shape `(images, channels, size, size)`.
+            `list[torch.Tensor]`: For each scale the map, of shape `(images, channels, scale, scale)`.
         """
         grid_size = patch_grid.shape[-1]
-        if size == grid_size:
-            return patch_grid
         if self.spatial_variant == "cropping":
-            start = (grid_size - size) // 2
-            return patch_grid[:, :, start : start + size, start : start + size]
-        if not is_eager_on_cpu(patch_grid):
-            return F.adaptive_avg_pool2d(patch_grid, size)
-        # The same by products, which a CPU is better at: averages of the rows' patches, then of the rows
-        dtype = torch.promote_types(patch_grid.dtype, torch.float32)
-        unit = torch.eye(grid_size, dtype=dtype, device=patch_grid.device)
-        averages = F.adaptive_avg_pool1d(unit[None], size)[0]  # (grid, size)
-        return (averages.mT @ (patch_grid.to(dtype) @ averages)).to(patch_grid.dtype)
+            starts = [(grid_size - size) // 2 for size in self.spatial_scales]
+            return [
+                patch_grid[:, :, start : start + size, start : start + size]
+                for start, size in zip(starts, self.spatial_scales, strict=True)
+            ]
+        pool: Callable[[torch.Tensor, int], torch.Tensor] = F.adaptive_avg_pool2d
+        source = patch_grid
+        if is_eager_on_cpu(patch_grid):
+            # Converted once for all scales
+            pool, source = average_on_cpu, patch_grid.to(torch.promote_types(patch_grid.dtype, torch.float32))
+        return [
+            patch_grid if size == grid_size else pool(source, size).to(patch_grid.dtype)
+            for size in self.spatial_scales
+        ]
 
     def forward(self, patch_grid: torch.Tensor) -> torch.Tensor:
         """
@@ -273,10 +301,8 @@ class SpatialFeatureExtractor(nn.Module):
         Returns:
             `torch.Tensor` of shape `(images, scales, spatial_hidden_size)`.
         """
-        features = [
-            convolution(self.get_feature_map(patch_grid, size)).flatten(1)
-            for size, convolution in zip(self.spatial_scales, self.convolutions, strict=True)
-        ]
+        maps = self.get_feature_maps(patch_grid)
+        features = [convolution(each).flatten(1) for convolution, each in zip(self.convolutions, maps, strict=True)]
         return torch.stack(features, dim=1)
 
 
@@ -294,7 +320,7 @@ class DetailFeatureIntegrator(nn.Module):
         self.detail_convolution = MatmulConv2d(
             config.vision_hidden_size,
             hidden_size,
-            kernel_size=config.detail_kernel_size,  # type: ignore[arg-type]  # filled in by the config
+            kernel_size=config.detail_kernel_size,
             stride=config.detail_stride,
             bias=False,
         )

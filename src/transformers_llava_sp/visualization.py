@@ -222,8 +222,7 @@ def reading_strengths(extractor: SpatialFeatureExtractor, patch_grid: torch.Tens
         up to 1 for each image.
     """
     strengths = []
-    for size, convolution in zip(extractor.spatial_scales, extractor.convolutions, strict=True):
-        feature_map = extractor.get_feature_map(patch_grid, size)
+    for feature_map, convolution in zip(extractor.get_feature_maps(patch_grid), extractor.convolutions, strict=True):
         weight: Any = convolution.weight
         # Some channels at a time, as the products of all would take as much memory as the largest kernel
         products = [
