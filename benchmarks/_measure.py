@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import threading
@@ -331,7 +332,10 @@ class Results:
         if self.path:
             # Whole or not at all
             temporary = self.path.with_suffix(".part")
-            temporary.write_text(json.dumps(self.content, indent=2) + "\n")
+            text = json.dumps(self.content, indent=2)
+            # A list of numbers, of which some have thousands, on one line
+            text = re.sub(r"\[\s+([^][{}]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+            temporary.write_text(text + "\n")
             os.replace(temporary, self.path)
 
     def finish(self, text: str, misses: list[str], num_checked: int) -> None:

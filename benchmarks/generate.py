@@ -55,10 +55,11 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    SuppressTokensLogitsProcessor,
 )
 
 from transformers_llava_sp import LlavaSPConfig, LlavaSPForConditionalGeneration
-from transformers_llava_sp.modeling_llava_sp import CACHE
+from transformers_llava_sp.modeling_llava_sp import CACHE, MaskTokensLogitsProcessor
 
 
 # What is compared with the first of its group, in turns
@@ -480,6 +481,36 @@ def measure_conversation(models: dict[str, PreTrainedModel], size: Size) -> dict
 
 
 @torch.inference_mode()
+def measure_masking(device: torch.device, turns: int) -> dict[str, Any]:
+    """
+    What it takes to mask, for each token, those that a converted 7B has and never answers: as LLaVA-SP does it and by
+    Transformers' own processor, which LLaVA-SP would have otherwise.
+
+    Args:
+        device (`torch.device`): Where the scores are.
+        turns (`int`): How often.
+
+    Returns:
+        `dict[str, Any]`: The milliseconds of each turn for both.
+    """
+    vocab_size, clock = 32064, Clock(device)
+    theirs = SuppressTokensLogitsProcessor(range(vocab_size - 64, vocab_size), device=str(device))
+    processors = {"transformers": theirs, "llava-sp": MaskTokensLogitsProcessor(theirs.suppress_tokens)}
+    scores = torch.randn(1, vocab_size, device=device)
+    milliseconds: dict[str, list[float]] = {name: [] for name in processors}
+    for turn in range(turns + 1):
+        for name in in_turn(processors, turn):
+            synchronize(device)
+            start = clock.mark()
+            processors[name](None, scores)
+            end = clock.mark()
+            synchronize(device)
+            if turn:
+                milliseconds[name].append(clock.milliseconds(start, end))
+    return {"milliseconds": milliseconds, "tokens": 64, "vocab_size": vocab_size}
+
+
+@torch.inference_mode()
 def measure_agreement(models: dict[str, PreTrainedModel], kinds: dict[str, str]) -> dict[str, Any]:
     """
     The logits of a prompt with each kind of attention: the largest difference to those of `sdpa` over their largest
@@ -595,6 +626,14 @@ def report(results: Results, cells: Iterable[Cell]) -> tuple[str, list[str], int
                 f"{median_and_range(row['token_ratios'], 3)} | {row['tokens_per_second']:.2f} | "
                 f"{row['share_of_limit']:.0%} | {peak} |"
             )
+    if "masking" in results:
+        masking = results["masking"]
+        ours, theirs = (median_and_range(masking["milliseconds"][name], 3) for name in ("llava-sp", "transformers"))
+        lines += [
+            "",
+            f"Masking {masking['tokens']} of {masking['vocab_size']} tokens takes, for each token that is answered, "
+            f"{ours} ms; by Transformers' own processor {theirs} ms.",
+        ]
     if "conversation" in results:
         lines += [
             "",
@@ -681,6 +720,7 @@ def main() -> None:
     ]
 
     results.add("reading", partial(measure_reading, size.reading_bytes, device))
+    results.add("masking", partial(measure_masking, device, 100))
     tasks: list[Task] = [(str(cell), cell.group, partial(try_cell, cell=cell, size=size)) for cell in cells]
     if "llava" in arguments.groups:
         # Behind the most important cells

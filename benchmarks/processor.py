@@ -131,7 +131,7 @@ def main() -> None:
     add_output_arguments(parser, "processor")
     parser.add_argument("--numbers", nargs="+", type=int, default=[1, 64], help="pictures at a time (default: 1 64)")
     parser.add_argument(
-        "--turns", type=int, default=160, help="for one picture; an eighth for 8 or more (default: 160)"
+        "--turns", type=int, default=1600, help="for one picture; an eighth for 8 or more (default: 1600)"
     )
     arguments = parser.parse_args()
     if arguments.turns < 1 or min(arguments.numbers) < 1:

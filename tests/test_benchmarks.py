@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+import statistics
 import sys
 import warnings
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
+from transformers_llava_sp import modeling_llava_sp
 
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -82,6 +86,7 @@ def test_paths_differ_in_what_they_call_alone(projector_benchmark, monkeypatch, 
     projector = projector_benchmark.make_projector("small", variant, torch.float32, CPU)
     features = projector_benchmark.make_features(projector, 2)
     paths = projector_benchmark.paths_of(projector)
+    monkeypatch.setattr(modeling_llava_sp, "HAS_MKL", True)
     calls = []
     for module, name in ((F, "conv2d"), (F, "linear"), (torch, "bmm"), (F, "adaptive_avg_pool2d")):
         function = getattr(module, name)
@@ -145,6 +150,8 @@ def test_answers_are_measured_and_drawn(generate_benchmark, monkeypatch, tmp_pat
     assert len(cell["pooling"]["token_seconds"]) == len(cell["llava"]["ttft_seconds"]) == 3
     assert results["qwen: sdpa, eager, batch 1"]["qwen2.5-vl"]["prompt_tokens"] == 70 + 391
     assert all(min(times) > 0 for times in results["conversation"]["pooling"].values())
+    assert {len(times) for times in results["masking"]["milliseconds"].values()} == {100}
+    assert "Masking 64 of 32064 tokens takes" in (tmp_path / "generate.md").read_text()
     assert (tmp_path / "generate.png").stat().st_size > 10_000
     run(generate_benchmark, monkeypatch, *arguments, "--minutes", 0)
     assert json.loads((tmp_path / "generate.json").read_text())["parts"] == results
@@ -279,17 +286,75 @@ def test_is_measured_on_a_gpu(load, name, monkeypatch, tmp_path):
 @needs_cuda
 def test_answers_wait_for_the_gpu_no_more_often_than_llavas(generate_benchmark):
     size, device = generate_benchmark.SIZES["small"], torch.device("cuda")
-    counts = {}
+    counts: dict[str, list[int]] = {}
     for name in generate_benchmark.GROUPS["llava"]:
         model = generate_benchmark.make_model(name, size, device, torch.bfloat16)
         inputs = generate_benchmark.make_inputs(name, model, 1)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                model.generate(**inputs, do_sample=False, max_new_tokens=4)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        counts[name] = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
-    assert 0 < counts["cropping"] <= counts["llava"]
-    assert 0 < counts["pooling"] <= counts["llava"]
+        model.generate(**inputs, do_sample=False, max_new_tokens=4)  # to warm up
+        counts[name] = []
+        for new_tokens in (4, 8):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            counts[name].append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
+    # The mask of what is never answered is made once for an answer: only what each further token waits for counts
+    of_tokens = {name: more - fewer for name, (fewer, more) in counts.items()}
+    assert 0 < of_tokens["cropping"] <= of_tokens["llava"]
+    assert 0 < of_tokens["pooling"] <= of_tokens["llava"]
+
+
+# What is said about them
+
+
+def rows_of(report: str) -> dict[str, list[str]]:
+    """The rows of a report's tables, those of its first table first, by their first cell or cells."""
+    rows: dict[str, list[str]] = {}
+    for line in report.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|"):
+            rows.setdefault(cells[0], cells[1:])
+    return rows
+
+
+def test_documents_say_what_was_measured(projector_benchmark):
+    """The tables of docs/performance.md, and what was tried and kept, are those of the committed results."""
+    results = Path(__file__).parents[1] / "docs" / "benchmarks" / "cpu"
+    document = (results.parents[1] / "performance.md").read_text()
+    answers, images, loading, imports = (
+        (results / f"{name}.md").read_text() for name in ("generate", "processor", "load", "imports")
+    )
+    expected = []
+    for variant in ("cropping", "pooling"):
+        _, _, first, _, further, *_ = rows_of(answers)[variant]
+        expected.append(f"\n| {variant.capitalize()} | {first} | {further} |\n")
+    expected += [f"\n| {number} | {' | '.join(rows_of(images)[f'pil, {number}'])} |\n" for number in (1, 64)]
+    expected += re.search(r"both over Transformers alone (.+), at most", imports).groups()
+    expected += re.findall(r"in pairs (.+), at most", loading)
+    ours, theirs = re.search(r"is answered, (\S+) .* ms; .* processor (\S+) .* ms", answers).groups()
+    expected.append(f"| {ours} ms for a token, in place of {theirs} ms, ")
+
+    parts = json.loads((results / "projector.json").read_text())["parts"]
+    cells = {
+        label: projector_benchmark.summarise(part, parts[f"products, {label.split(', ')[1]}"]["operations_per_second"])
+        for label, part in parts.items()
+        if "batch" in label
+    }
+    gains: dict[str, list[str]] = {}
+    for dtype, name in (("fp32", "float32"), ("bf16", "bfloat16")):
+        for variant in ("cropping", "pooling"):
+            of_batch = {size: cells[f"{variant}, {dtype}, batch {size}"] for size in (1, 4, 16, 64)}
+            one, start = of_batch.pop(1), f"\n| {variant.capitalize()} | {name} | "
+            row = f"{one['llava-sp']:.0f} | {one['conv2d']:.0f} | {one['speedup']:.1f} | {one['reading']:.0f} | "
+            expected.append(f"{start}{row}{one['over_reading']:.2f} |\n")
+            expected.append(start + " | ".join(f"{more['speedup']:.1f}" for more in of_batch.values()) + " |\n")
+            gains.setdefault("conv2d", []).append(f"{one['speedup']:.1f}")
+            for other, ratios in one["gains"].items():
+                gains.setdefault(other, []).append(f"{statistics.median(ratios):.2f}")
+    for other in ("conv2d", "F.linear"):
+        expected.append("{} and {} x (float32), {} and {} x (bfloat16)".format(*gains[other]))
+    expected.append("{} x (float32) and {} x (bfloat16)".format(*gains["adaptive_avg_pool2d"]))
+    assert [figure for figure in expected if figure not in document] == []
