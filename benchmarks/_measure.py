@@ -334,7 +334,7 @@ class Results:
             temporary = self.path.with_suffix(".part")
             text = json.dumps(self.content, indent=2)
             # A list of numbers, of which some have thousands, on one line
-            text = re.sub(r"\[\s+([^][{}]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+            text = re.sub(r"\[\s+([-+.,\de\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
             temporary.write_text(text + "\n")
             os.replace(temporary, self.path)
 
