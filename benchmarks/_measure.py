@@ -293,7 +293,10 @@ class Results:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            self.content = json.loads(self.path.read_text())
+            try:
+                self.content = json.loads(self.path.read_text())
+            except ValueError as error:
+                sys.exit(f"{self.path} is not JSON ({error}): remove it, or name another folder as --output.")
             before = self.content["machine"]
             for key in (*SAME, *(SAME_CPU if machine["device"] == "CPU" else ()), *same):
                 if before.get(key) != machine.get(key):
@@ -334,7 +337,7 @@ class Results:
             temporary = self.path.with_suffix(".part")
             text = json.dumps(self.content, indent=2)
             # A list of numbers, of which some have thousands, on one line
-            text = re.sub(r"\[\s+([-+.,\de\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+            text = re.sub(r"\[\n([-+.,\de\s]+)\n *\]", lambda match: f"[{' '.join(match[1].split())}]", text)
             temporary.write_text(text + "\n")
             os.replace(temporary, self.path)
 

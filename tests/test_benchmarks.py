@@ -245,6 +245,23 @@ def test_results_are_written_and_drawn(load, monkeypatch, tmp_path, name, argume
     assert (tmp_path / f"{name}.png").stat().st_size > 5_000
 
 
+def test_results_that_cannot_be_read_are_named_and_kept(load, monkeypatch, tmp_path):
+    file = tmp_path / "imports.json"
+    file.write_text("{cut")
+    with pytest.raises(SystemExit, match=r"imports\.json is not JSON .*: remove it, or name another folder"):
+        run(load("imports"), monkeypatch, "--turns", 1, "--output", tmp_path)
+    assert file.read_text() == "{cut"
+
+
+def test_numbers_are_on_one_line_and_texts_as_they_were(load, tmp_path):
+    results = load("_measure").Results(tmp_path / "some.json", {"device": "CPU"})
+    results.content["parts"] = {"numbers": [1, -2.5e-7], "texts": ["[  1  ]", "a  b"]}
+    results.write()
+    written = (tmp_path / "some.json").read_text()
+    assert '"numbers": [1, -2.5e-07]' in written
+    assert json.loads(written) == results.content
+
+
 def test_plots_need_a_folder(load, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(load("processor"), monkeypatch, "--plot")

@@ -124,6 +124,15 @@ def test_document_has_the_results(split):
     assert "".join(rows) in page
 
 
+def test_evaluation_says_what_is_no_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(TINY))
+    for name, message in (("tiny-crop", "there are tiny-cropping and tiny-pooling"), (tmp_path, str(tmp_path))):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", str(name)])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(TINY / "evaluate.py"), run_name="__main__")
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_weights_answer_as_the_results_say(variant, monkeypatch):
     monkeypatch.syspath_prepend(str(TINY))

@@ -22,6 +22,7 @@ from scenes import QUESTIONS, SPLITS, Question, draw, make_scene
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from transformers_llava_sp.conversion.checkpoint import find_model_type
 from transformers_llava_sp.tiny_models import resolve_model_name
 
 
@@ -179,6 +180,7 @@ def average(scores: Sequence[Score]) -> Score:
 def load(name: str | Path, device: str = "cpu") -> tuple[Any, Any]:
     """A model, in float32 and evaluation mode, and its processor, of a folder, a Hub id or a tiny model's name."""
     name = resolve_model_name(str(name))
+    find_model_type(name)  # says what there is not more plainly than Transformers does
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
     return model.to(device).eval(), AutoProcessor.from_pretrained(name)
 
@@ -254,7 +256,10 @@ if __name__ == "__main__":
         parser.error("--scenes must be 1 or more")
     if arguments.output and not arguments.output.parent.is_dir():
         parser.error(f"there is no folder {arguments.output.parent} to write to")
-    loaded = load(arguments.model, arguments.device)
+    try:
+        loaded = load(arguments.model, arguments.device)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     baseline = BlindBaseline(training_questions(arguments.training_scenes, arguments.training_seed))
     scores, rows = evaluate(
         *loaded,
